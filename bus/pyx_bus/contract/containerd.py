@@ -1,0 +1,405 @@
+"""containerd: the life of containers.
+
+A container is named by its ID (64 hex digits), an unambiguous prefix of it, or its name; every request's ``container`` takes any.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from .base import Empty, Event, Message, Method
+from .imaged import Document, HealthCheck
+from .netd import PortMapping
+from .volumed import MountRequest
+
+
+class Resources(Message, frozen=True, kw_only=True):
+    """Limits; 0 means none. ``nano_cpus`` is 1e-9 CPUs, as in Docker's API."""
+
+    memory_bytes: int = 0
+    memory_reservation_bytes: int = 0
+    memory_swap_bytes: int = 0
+    nano_cpus: int = 0
+    cpu_shares: int = 0
+    cpu_period_us: int = 0
+    cpu_quota_us: int = 0
+    cpuset_cpus: str = ""
+    cpuset_mems: str = ""
+    pids_limit: int = 0
+    oom_score_adj: int = 0
+
+
+class Ulimit(Message, frozen=True, kw_only=True):
+    name: str
+    soft: int
+    hard: int
+
+
+class ContainerSpec(Message, frozen=True, kw_only=True):
+    """What ``docker create`` takes. None means "as the image says"; an empty list or text overrides it with nothing."""
+
+    image: str
+    name: str = ""
+    command: list[str] | None = None
+    entrypoint: list[str] | None = None
+    env: list[str] = []
+    user: str = ""
+    group_add: list[str] = []
+    working_dir: str = ""
+    labels: dict[str, str] = {}
+    annotations: dict[str, str] = {}
+    hostname: str = ""
+    domainname: str = ""
+    tty: bool = False
+    open_stdin: bool = False
+    stdin_once: bool = False
+    auto_remove: bool = False
+    stop_signal: str = ""
+    stop_timeout_s: int | None = None
+    read_only_rootfs: bool = False
+    privileged: bool = False
+    no_new_privileges: bool = False
+    cap_add: list[str] = []
+    cap_drop: list[str] = []
+    devices: list[str] = []
+    ulimits: list[Ulimit] = []
+    sysctls: dict[str, str] = {}
+    shm_size_bytes: int = 0
+    resources: Resources = Resources()
+    mounts: list[MountRequest] = []
+    network: str = "bridge"
+    ipv4_address: str = ""
+    mac_address: str = ""
+    ports: list[PortMapping] = []
+    exposed_ports: list[str] = []
+    publish_all_ports: bool = False
+    dns: list[str] = []
+    dns_search: list[str] = []
+    dns_options: list[str] = []
+    extra_hosts: list[str] = []
+    pid_mode: str = ""
+    ipc_mode: str = ""
+    uts_mode: str = ""
+    cgroup_parent: str = ""
+    log_driver: str = ""
+    log_options: dict[str, str] = {}
+    runtime: str = ""
+    platform: str = ""
+    pull_policy: str = "missing"
+    init: bool = False
+    healthcheck: HealthCheck | None = None
+
+
+class CreateContainer(Message, frozen=True, kw_only=True):
+    """Errors: not_found (image with pull policy never, network), already_exists (name), invalid_argument, and imaged's of a pull.
+
+    Pulls the image if ``pull_policy`` (always, missing, never) says so, streaming ``RunProgress``. A failed create leaves nothing.
+    """
+
+    spec: ContainerSpec
+
+
+class CreatedContainer(Message, frozen=True, kw_only=True):
+    id: str
+    warnings: list[str] = []
+
+
+class RunProgress(Message, frozen=True, kw_only=True):
+    """An item of create, run, start and attach. ``phase``: pull (``id``, ``status``, bytes as in imaged's Progress), created (``id``
+    the container's, ``warnings``), started (``id``).
+
+    ``started``, and the single item of attach, carry the container's input as their descriptor if it was asked for and is open:
+    stdin's write end, or the pty master (write to it, TIOCSWINSZ on it).
+    """
+
+    phase: str
+    id: str = ""
+    status: str = ""
+    current_bytes: int = 0
+    total_bytes: int = 0
+    warnings: list[str] = []
+
+
+class AttachOptions(Message, frozen=True, kw_only=True):
+    """``output``: descriptor 0 of the request is a pipe's write end that gets the container's output, framed as in
+    ``pyx_bus.contract.logd``. ``stdin``: give me its input. ``rows``/``columns``: initial size of the terminal."""
+
+    output: bool = False
+    stdout: bool = True
+    stderr: bool = True
+    stdin: bool = False
+    rows: int = 0
+    columns: int = 0
+
+
+class RunContainer(Message, frozen=True, kw_only=True):
+    """Create and start in one call. With ``detach`` the result comes when it's started, else when it has exited.
+
+    If the caller goes away the container goes on. Errors: as create and start.
+    """
+
+    spec: ContainerSpec
+    attach: AttachOptions = AttachOptions()
+    detach: bool = False
+
+
+class ExitStatus(Message, frozen=True, kw_only=True):
+    """``exit_code`` is the process's, 128 + signal if a signal ended it. ``exited_at_ns`` 0: it hasn't exited (a detached run)."""
+
+    id: str = ""
+    exit_code: int = 0
+    exited_at_ns: int = 0
+    oom_killed: bool = False
+    error: str = ""
+
+
+class StartContainer(Message, frozen=True, kw_only=True):
+    """Start a created or exited container; a running one is left as it is. With ``wait`` the result comes when it has exited.
+
+    Errors: not_found, failed_precondition (being removed, paused); a command that can't be executed is failed_precondition with
+    details ``exit_code`` 126 or 127, any other failure of the runtime internal with ``exit_code`` 125/128 as Docker's.
+    """
+
+    container: str
+    attach: AttachOptions = AttachOptions()
+    wait: bool = False
+
+
+class ContainerRef(Message, frozen=True, kw_only=True):
+    """Errors: not_found, invalid_argument (ambiguous prefix)."""
+
+    container: str
+
+
+class StopContainer(Message, frozen=True, kw_only=True):
+    """Ask with ``signal`` (its stop signal if empty), then SIGKILL after ``timeout_s`` (None: its own, else 10; -1: never).
+
+    Stopping a stopped container does nothing. Returns when it has exited.
+    """
+
+    container: str
+    signal: str = ""
+    timeout_s: int | None = None
+
+
+class KillContainer(Message, frozen=True, kw_only=True):
+    """Send a signal (name with or without SIG, or number) to its init. Errors: failed_precondition (not running), invalid_argument."""
+
+    container: str
+    signal: str = "KILL"
+
+
+class WaitContainer(Message, frozen=True, kw_only=True):
+    """``condition``: not-running (now or when it stops), next-exit, removed."""
+
+    container: str
+    condition: str = "not-running"
+
+
+class RemoveContainer(Message, frozen=True, kw_only=True):
+    """Errors: not_found, conflict (running, unless ``force``). ``volumes``: its anonymous volumes too."""
+
+    container: str
+    force: bool = False
+    volumes: bool = False
+
+
+class RenameContainer(Message, frozen=True, kw_only=True):
+    container: str
+    name: str
+
+
+class ListContainers(Message, frozen=True, kw_only=True):
+    """``filters`` as Docker's: id, name, label, status, ancestor, exited, volume, network, publish, expose, before, since."""
+
+    all: bool = False
+    limit: int = 0
+    size: bool = False
+    filters: dict[str, list[str]] = {}
+
+
+class ContainerSummary(Message, frozen=True, kw_only=True):
+    """A row of ``ps``. ``status`` is Docker's text ("Up 3 minutes"), made at the time of the reply."""
+
+    id: str
+    name: str
+    image: str
+    image_id: str
+    command: str
+    created_ns: int
+    state: str
+    status: str
+    ports: list[PortMapping] = []
+    exposed_ports: list[str] = []
+    labels: dict[str, str] = {}
+    mounts: list[str] = []
+    networks: list[str] = []
+    size_rw_bytes: int = -1
+    size_root_bytes: int = -1
+
+
+class ContainerList(Message, frozen=True, kw_only=True):
+    containers: list[ContainerSummary] = []
+
+
+class ExecContainer(Message, frozen=True, kw_only=True):
+    """Run another process in a running container. Streams one ``RunProgress`` (started), then the exit status (at once if ``detach``).
+
+    Descriptors of the request without ``tty``: the process's own stdin, stdout, stderr, in that order, as ``stdin``, ``stdout``,
+    ``stderr`` say which are given (the others are /dev/null). With ``tty``: none; the started item carries the pty master.
+    Errors: not_found, failed_precondition (not running, paused; details ``exit_code`` 126/127 if it can't be executed).
+    """
+
+    container: str
+    args: list[str]
+    env: list[str] = []
+    user: str = ""
+    working_dir: str = ""
+    tty: bool = False
+    detach: bool = False
+    privileged: bool = False
+    stdin: bool = False
+    stdout: bool = False
+    stderr: bool = False
+    rows: int = 0
+    columns: int = 0
+
+
+class AttachContainer(Message, frozen=True, kw_only=True):
+    """Attach to a running container: streams one ``RunProgress`` (started) with its input, the result is its exit status.
+
+    Errors: not_found, failed_precondition (not running).
+    """
+
+    container: str
+    attach: AttachOptions
+
+
+class SystemInfo(Message, frozen=True, kw_only=True):
+    """``runtimes``: name → path; ``runtime_reason`` says why ``default_runtime`` was chosen."""
+
+    containers: int = 0
+    containers_running: int = 0
+    containers_paused: int = 0
+    containers_stopped: int = 0
+    runtimes: dict[str, str] = {}
+    default_runtime: str = ""
+    runtime_version: str = ""
+    runtime_reason: str = ""
+    cgroup_version: str = ""
+    cgroup_driver: str = ""
+    kernel_version: str = ""
+    operating_system: str = ""
+    architecture: str = ""
+    cpus: int = 0
+    memory_bytes: int = 0
+    hostname: str = ""
+    root_dir: str = ""
+    warnings: list[str] = []
+
+
+CREATE = Method("containerd.create", CreateContainer, CreatedContainer, item=RunProgress)
+RUN = Method("containerd.run", RunContainer, ExitStatus, item=RunProgress)
+START = Method("containerd.start", StartContainer, ExitStatus, item=RunProgress)
+STOP = Method("containerd.stop", StopContainer, Empty, idempotent=True)
+RESTART = Method("containerd.restart", StopContainer, Empty)
+KILL = Method("containerd.kill", KillContainer, Empty)
+PAUSE = Method("containerd.pause", ContainerRef, Empty)
+UNPAUSE = Method("containerd.unpause", ContainerRef, Empty)
+WAIT = Method("containerd.wait", WaitContainer, ExitStatus, idempotent=True, read_only=True)
+REMOVE = Method("containerd.remove", RemoveContainer, Empty)
+RENAME = Method("containerd.rename", RenameContainer, Empty)
+LIST = Method("containerd.list", ListContainers, ContainerList, idempotent=True, read_only=True)
+INSPECT = Method("containerd.inspect", ContainerRef, Document, idempotent=True, read_only=True)
+EXEC = Method("containerd.exec", ExecContainer, ExitStatus, item=RunProgress)
+ATTACH = Method("containerd.attach", AttachContainer, ExitStatus, item=RunProgress)
+INFO = Method("containerd.info", Empty, SystemInfo, idempotent=True, read_only=True)
+
+
+class ContainerEvent(Event, frozen=True, kw_only=True):
+    """``id`` is the container's; attributes as Docker's: image, name, every label."""
+
+
+class ContainerCreated(ContainerEvent, frozen=True, kw_only=True):
+    topic: ClassVar[str] = "container.create"
+
+
+class ContainerStarted(ContainerEvent, frozen=True, kw_only=True):
+    topic: ClassVar[str] = "container.start"
+
+
+class ContainerDied(ContainerEvent, frozen=True, kw_only=True):
+    """Attributes also: exitCode, execDuration (whole seconds), as Docker's; ``signal`` if one ended it."""
+
+    topic: ClassVar[str] = "container.die"
+
+    exit_code: int = 0
+    signal: int = 0
+    oom_killed: bool = False
+    run_time_ns: int = 0
+
+
+class ContainerKilled(ContainerEvent, frozen=True, kw_only=True):
+    """Attributes also: signal (its number)."""
+
+    topic: ClassVar[str] = "container.kill"
+
+
+class ContainerStopped(ContainerEvent, frozen=True, kw_only=True):
+    topic: ClassVar[str] = "container.stop"
+
+
+class ContainerRestarted(ContainerEvent, frozen=True, kw_only=True):
+    topic: ClassVar[str] = "container.restart"
+
+
+class ContainerPaused(ContainerEvent, frozen=True, kw_only=True):
+    topic: ClassVar[str] = "container.pause"
+
+
+class ContainerUnpaused(ContainerEvent, frozen=True, kw_only=True):
+    topic: ClassVar[str] = "container.unpause"
+
+
+class ContainerRenamed(ContainerEvent, frozen=True, kw_only=True):
+    """Attributes also: oldName."""
+
+    topic: ClassVar[str] = "container.rename"
+
+
+class ContainerAttached(ContainerEvent, frozen=True, kw_only=True):
+    topic: ClassVar[str] = "container.attach"
+
+
+class ContainerDestroyed(ContainerEvent, frozen=True, kw_only=True):
+    topic: ClassVar[str] = "container.destroy"
+
+
+class ExecStarted(ContainerEvent, frozen=True, kw_only=True):
+    """Attributes also: execID, command."""
+
+    topic: ClassVar[str] = "container.exec_start"
+
+
+class ExecDied(ContainerEvent, frozen=True, kw_only=True):
+    """Attributes also: execID, exitCode."""
+
+    topic: ClassVar[str] = "container.exec_die"
+
+
+METHODS = (CREATE, RUN, START, STOP, RESTART, KILL, PAUSE, UNPAUSE, WAIT, REMOVE, RENAME, LIST, INSPECT, EXEC, ATTACH, INFO)
+EVENTS = (
+    ContainerCreated,
+    ContainerStarted,
+    ContainerDied,
+    ContainerKilled,
+    ContainerStopped,
+    ContainerRestarted,
+    ContainerPaused,
+    ContainerUnpaused,
+    ContainerRenamed,
+    ContainerAttached,
+    ContainerDestroyed,
+    ExecStarted,
+    ExecDied,
+)

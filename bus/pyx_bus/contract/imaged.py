@@ -1,0 +1,228 @@
+"""imaged: images by name and digest, and the root file systems made of them.
+
+References are Docker's: ``busybox`` means ``docker.io/library/busybox:latest`` (distribution's ``reference`` package). An image's
+ID is the digest of its config, ``sha256:<64 hex>``.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from .base import Empty, Event, Message, Method, Released, Retain
+
+
+class HealthCheck(Message, frozen=True, kw_only=True):
+    """Docker's HEALTHCHECK as stored in an image config; durations in nanoseconds as there."""
+
+    test: list[str] = []
+    interval_ns: int = 0
+    timeout_ns: int = 0
+    start_period_ns: int = 0
+    start_interval_ns: int = 0
+    retries: int = 0
+
+
+class ImageConfig(Message, frozen=True, kw_only=True):
+    """What a container takes over from its image (OCI image-spec, config.md)."""
+
+    id: str
+    reference: str
+    architecture: str = ""
+    os: str = "linux"
+    user: str = ""
+    env: list[str] = []
+    entrypoint: list[str] = []
+    cmd: list[str] = []
+    working_dir: str = ""
+    volumes: list[str] = []
+    exposed_ports: list[str] = []
+    labels: dict[str, str] = {}
+    stop_signal: str = ""
+    healthcheck: HealthCheck | None = None
+
+
+class Mount(Message, frozen=True, kw_only=True):
+    """A mount to be made by whoever asked: the arguments of mount(8), one option an entry."""
+
+    type: str
+    source: str
+    options: list[str] = []
+
+
+class PrepareSnapshot(Message, frozen=True, kw_only=True):
+    """Make (or find again) the writable root file system of a container. Idempotent under the container's ID.
+
+    Errors: not_found (no such image), failed_precondition (exists for another image), resource_exhausted (disk full).
+    """
+
+    container_id: str
+    image: str
+    platform: str = ""
+
+
+class Snapshot(Message, frozen=True, kw_only=True):
+    """``mounts`` is to be mounted, in order, on an empty directory. ``writable_path`` is the container's own layer (its changes)."""
+
+    image: ImageConfig
+    mounts: list[Mount]
+    writable_path: str = ""
+    snapshotter: str = "overlayfs"
+
+
+class ReleaseSnapshot(Message, frozen=True, kw_only=True):
+    """Drop a container's snapshot; the caller has unmounted it. Idempotent. Deleting the files may go on after the reply."""
+
+    container_id: str
+
+
+class ResolveImage(Message, frozen=True, kw_only=True):
+    """An image by reference, ID or unambiguous ID prefix. Errors: not_found, invalid_argument."""
+
+    reference: str
+    platform: str = ""
+
+
+class ImportImage(Message, frozen=True, kw_only=True):
+    """A root file system's tar (plain, gzip, zstd; descriptor 0 of the request, readable) becomes an image of one layer.
+
+    ``changes`` are Dockerfile instructions as of ``docker import -c`` (CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, USER, VOLUME, WORKDIR,
+    STOPSIGNAL). Errors: invalid_argument (not a tar, truncated, an entry that leaves the root); nothing is kept then.
+    """
+
+    reference: str = ""
+    message: str = ""
+    changes: list[str] = []
+    platform: str = ""
+
+
+class ImageID(Message, frozen=True, kw_only=True):
+    id: str
+    reference: str = ""
+
+
+class LoadImages(Message, frozen=True, kw_only=True):
+    """A docker-archive or OCI-layout tar, compressed or not (descriptor 0 of the request, readable). Streams ``Progress``."""
+
+    platform: str = ""
+
+
+class LoadedImages(Message, frozen=True, kw_only=True):
+    """``references`` of the named images, ``ids`` of those without a name, in archive order."""
+
+    references: list[str] = []
+    ids: list[str] = []
+
+
+class Progress(Message, frozen=True, kw_only=True):
+    """One step of a pull or load: ``id`` is a layer's short digest, or empty for the image as a whole."""
+
+    id: str = ""
+    status: str
+    current_bytes: int = 0
+    total_bytes: int = 0
+
+
+class PullImage(Message, frozen=True, kw_only=True):
+    """Pull ``reference`` (tag or digest) for ``platform`` ("os/arch[/variant]", the host's if empty). Streams ``Progress``.
+
+    Errors: not_found, permission_denied (the registry wants credentials), unavailable (can't be reached), invalid_argument.
+    """
+
+    reference: str
+    platform: str = ""
+
+
+class PulledImage(Message, frozen=True, kw_only=True):
+    """``digest`` is the manifest's (or index's) as the registry gave it; ``up_to_date`` when nothing new was fetched."""
+
+    id: str
+    reference: str
+    digest: str
+    up_to_date: bool = False
+
+
+class ListImages(Message, frozen=True, kw_only=True):
+    """``filters`` as Docker's: reference, label, dangling, before, since."""
+
+    filters: dict[str, list[str]] = {}
+    all: bool = False
+
+
+class ImageSummary(Message, frozen=True, kw_only=True):
+    id: str
+    references: list[str] = []
+    digests: list[str] = []
+    created_ns: int = 0
+    size_bytes: int = 0
+    containers: int = -1
+    labels: dict[str, str] = {}
+
+
+class ImageList(Message, frozen=True, kw_only=True):
+    images: list[ImageSummary] = []
+
+
+class Document(Message, frozen=True, kw_only=True):
+    """Docker's inspect JSON of one object: Engine API field names and forms."""
+
+    document: dict[str, object]
+
+
+class TagImage(Message, frozen=True, kw_only=True):
+    """Give ``source`` another name. Moves the name if it was taken, as Docker does. Idempotent."""
+
+    source: str
+    target: str
+
+
+class RemoveImage(Message, frozen=True, kw_only=True):
+    """Remove a name, and the image with its last one. Errors: not_found, conflict (used by a container; several names, by ID)."""
+
+    reference: str
+    force: bool = False
+
+
+class RemovedImage(Message, frozen=True, kw_only=True):
+    untagged: list[str] = []
+    deleted: list[str] = []
+
+
+RESOLVE = Method("imaged.resolve", ResolveImage, ImageConfig, idempotent=True, read_only=True)
+PREPARE = Method("imaged.prepare", PrepareSnapshot, Snapshot, idempotent=True)
+RELEASE = Method("imaged.release", ReleaseSnapshot, Empty, idempotent=True)
+RETAIN = Method("imaged.retain", Retain, Released, idempotent=True)
+IMPORT = Method("imaged.import", ImportImage, ImageID)
+LOAD = Method("imaged.load", LoadImages, LoadedImages, item=Progress)
+PULL = Method("imaged.pull", PullImage, PulledImage, item=Progress)
+LIST = Method("imaged.list", ListImages, ImageList, idempotent=True, read_only=True)
+INSPECT = Method("imaged.inspect", ResolveImage, Document, idempotent=True, read_only=True)
+TAG = Method("imaged.tag", TagImage, Empty, idempotent=True)
+REMOVE = Method("imaged.remove", RemoveImage, RemovedImage)
+
+
+class ImageImported(Event, frozen=True, kw_only=True):
+    topic: ClassVar[str] = "image.import"
+
+
+class ImageLoaded(Event, frozen=True, kw_only=True):
+    topic: ClassVar[str] = "image.load"
+
+
+class ImagePulled(Event, frozen=True, kw_only=True):
+    topic: ClassVar[str] = "image.pull"
+
+
+class ImageTagged(Event, frozen=True, kw_only=True):
+    topic: ClassVar[str] = "image.tag"
+
+
+class ImageUntagged(Event, frozen=True, kw_only=True):
+    topic: ClassVar[str] = "image.untag"
+
+
+class ImageDeleted(Event, frozen=True, kw_only=True):
+    topic: ClassVar[str] = "image.delete"
+
+
+METHODS = (RESOLVE, PREPARE, RELEASE, RETAIN, IMPORT, LOAD, PULL, LIST, INSPECT, TAG, REMOVE)
+EVENTS = (ImageImported, ImageLoaded, ImagePulled, ImageTagged, ImageUntagged, ImageDeleted)

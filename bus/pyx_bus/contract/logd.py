@@ -1,0 +1,91 @@
+"""logd: every byte a container writes.
+
+Data never goes over the bus: the descriptors do. What logd writes into a client's descriptor is framed as Docker's attach and logs
+streams are ("multiplexed": one byte 1 = stdout, 2 = stderr; three zero bytes; the payload's length, 32 bits big endian; the payload),
+or raw for a container with a terminal.
+"""
+
+from __future__ import annotations
+
+from .base import Empty, Message, Method, Released, Retain
+
+
+class OpenLog(Message, frozen=True, kw_only=True):
+    """Start reading a container's output. Idempotent under (``container_id``, ``run``): a second call with the same ``run`` changes
+    nothing if the streams are still being read, and takes up the given descriptors after logd was restarted.
+
+    Descriptors of the request: first the read ends named by ``streams`` (["stdout", "stderr"], or ["tty"] with the pty master), then
+    ``attached`` write ends of clients which get everything from the first byte, framed as above. ``run`` counts the container's
+    starts. Errors: invalid_argument (unknown driver or option, wrong number of descriptors).
+    """
+
+    container_id: str
+    run: int
+    streams: list[str]
+    attached: int = 0
+    driver: str = "json-file"
+    options: dict[str, str] = {}
+
+
+class LogOpened(Message, frozen=True, kw_only=True):
+    """``path`` of the local log file, for inspect's LogPath; empty for a driver that keeps none."""
+
+    path: str = ""
+
+
+class AttachLog(Message, frozen=True, kw_only=True):
+    """Send what a running container writes from now on to descriptor 0 of the request (a pipe's write end), until it ends or the
+    other end is closed. With ``logs`` what was stored comes first, without gap or overlap. Returns as soon as the client is attached.
+
+    A client that doesn't read holds the container's writer back, as in Docker: output is never dropped for an attached client.
+    Errors: not_found (no such log), failed_precondition (its streams have ended).
+    """
+
+    container_id: str
+    logs: bool = False
+    stdout: bool = True
+    stderr: bool = True
+
+
+class WaitDrained(Message, frozen=True, kw_only=True):
+    """Returns when the streams of that ``run`` have ended, everything is stored, and every attached client has it. An unknown
+    container or run counts as drained."""
+
+    container_id: str
+    run: int
+
+
+class ReadLogs(Message, frozen=True, kw_only=True):
+    """Write a container's stored log to descriptor 0 of the request (a pipe's write end), framed as above (raw lines if it had a
+    terminal), then close it. Returns when everything is written, or the reader went away.
+
+    ``tail`` < 0 means all. ``since_ns`` / ``until_ns`` are Unix times, 0 for none. ``timestamps`` puts RFC 3339 with nanoseconds
+    before each line. ``follow`` goes on until the container ends. Errors: not_found, failed_precondition (the driver keeps no log).
+    """
+
+    container_id: str
+    follow: bool = False
+    tail: int = -1
+    since_ns: int = 0
+    until_ns: int = 0
+    timestamps: bool = False
+    details: bool = False
+    stdout: bool = True
+    stderr: bool = True
+
+
+class RemoveLog(Message, frozen=True, kw_only=True):
+    """Stop reading and delete what is stored. Idempotent."""
+
+    container_id: str
+
+
+OPEN = Method("logd.open", OpenLog, LogOpened, idempotent=True)
+ATTACH = Method("logd.attach", AttachLog, Empty)
+WAIT_DRAINED = Method("logd.wait_drained", WaitDrained, Empty, idempotent=True, read_only=True)
+READ = Method("logd.read", ReadLogs, Empty, read_only=True)
+REMOVE = Method("logd.remove", RemoveLog, Empty, idempotent=True)
+RETAIN = Method("logd.retain", Retain, Released, idempotent=True)
+
+METHODS = (OPEN, ATTACH, WAIT_DRAINED, READ, REMOVE, RETAIN)
+EVENTS = ()
