@@ -1,0 +1,193 @@
+"""What every service's process does the same: environment, configuration, logging, the bus, readiness, an orderly end."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import logging
+import os
+import signal
+import socket
+import sys
+import tomllib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+import trio
+
+from . import errors
+from .client import Bus, connect
+from .server import Call, Service
+
+DEFAULT_ROOT = Path("/var/lib/pyx")
+DEFAULT_RUN = Path("/run/pyx")
+DEFAULT_CONFIG = Path("/etc/pyx/config.toml")
+
+
+@dataclass
+class Context:
+    """What a service is given.
+
+    ``root`` is its durable directory, ``run`` the one that vanishes with the boot; both exist, for its user alone. ``prefix`` starts
+    every name that is global to the host (bridge, nftables table, cgroup), so that several stacks live side by side. ``config`` is
+    the service's table of the configuration file. ``nursery`` lives as long as the service; ``exit_stack`` is closed at its end.
+    """
+
+    name: str
+    root: Path
+    run: Path
+    prefix: str
+    config: dict[str, Any]
+    bus: Bus
+    nursery: trio.Nursery
+    exit_stack: contextlib.AsyncExitStack
+    log: Any
+
+
+Setup = Callable[[Context], Awaitable[Service]]
+
+
+def run_directory() -> Path:
+    """$PYX_RUN, else /run/pyx."""
+    return Path(os.environ.get("PYX_RUN") or DEFAULT_RUN)
+
+
+def root_directory() -> Path:
+    """$PYX_ROOT, else /var/lib/pyx."""
+    return Path(os.environ.get("PYX_ROOT") or DEFAULT_ROOT)
+
+
+def bus_path() -> Path:
+    """$PYX_BUS, else bus.sock in the run directory."""
+    return Path(os.environ.get("PYX_BUS") or run_directory() / "bus.sock")
+
+
+def stack_prefix(run: Path) -> str:
+    """"pyx" for the stack of the host, pyx-<6 hex> of the run directory's path for any other."""
+    if run == DEFAULT_RUN:
+        return "pyx"
+    return "pyx-" + hashlib.sha256(os.fsencode(run.absolute())).hexdigest()[:6]
+
+
+def load_config(name: str) -> dict[str, Any]:
+    """The table ``[name]`` of $PYX_CONFIG, else /etc/pyx/config.toml. Raises ``InvalidArgument`` if it can't be read."""
+    path = Path(os.environ.get("PYX_CONFIG") or DEFAULT_CONFIG)
+    try:
+        data = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        if "PYX_CONFIG" in os.environ:
+            raise errors.InvalidArgument(f'configuration file "{path}" does not exist') from None
+        return {}
+    except (OSError, ValueError) as error:
+        raise errors.InvalidArgument(f'cannot read the configuration file "{path}": {error}') from error
+    table = data.get(name, {})
+    if not isinstance(table, dict):
+        raise errors.InvalidArgument(f'"{name}" in "{path}" is not a table')
+    return table
+
+
+def configure_logging() -> None:
+    """Structured lines on stderr: JSON for machines ($PYX_LOG_FORMAT=json), key=value else. $PYX_LOG_LEVEL, default info."""
+    level = logging.getLevelNamesMapping().get(os.environ.get("PYX_LOG_LEVEL", "info").upper(), logging.INFO)
+    renderer: Any = structlog.processors.JSONRenderer()
+    if os.environ.get("PYX_LOG_FORMAT") != "json":
+        renderer = structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "service", "event"], bool_as_flag=False)
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+
+
+def notify_ready() -> None:
+    """Tell whoever started us (sd_notify(3): $NOTIFY_SOCKET) that we serve."""
+    address = os.environ.pop("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        try:
+            sock.sendto(b"READY=1", address)
+        except OSError as error:
+            structlog.get_logger().warning("cannot notify readiness", error=str(error))
+
+
+@contextlib.asynccontextmanager
+async def service_context(
+    name: str, *, bus: Path, root: Path, run: Path, prefix: str, config: dict[str, Any]
+) -> Any:
+    """The context of a service whose directories and bus are given; everything in it ends with the block."""
+    root.mkdir(parents=True, exist_ok=True, mode=0o711)
+    run.mkdir(parents=True, exist_ok=True, mode=0o711)
+    async with connect(str(bus), name, wait=False) as client, trio.open_nursery() as nursery:
+        async with contextlib.AsyncExitStack() as exit_stack:
+            yield Context(name, root, run, prefix, config, client, nursery, exit_stack, structlog.get_logger(name))
+        nursery.cancel_scope.cancel()
+
+
+async def serve(context: Context, setup: Setup) -> None:
+    """Set the service up and register it."""
+    service = await setup(context)
+    while True:
+        try:
+            await context.bus.serve(service)
+        except errors.Unavailable:
+            continue  # the broker isn't up yet: systemd and the supervisor start everything at once
+        except errors.AlreadyExists as error:
+            # Our predecessor's connection may not have been noticed as closed yet; a living one keeps the name.
+            context.log.warning("name is taken", error=error.message)
+            await trio.sleep(0.2)
+            continue
+        return
+
+
+async def _main(name: str, setup: Setup) -> None:
+    run = run_directory()
+    structlog.contextvars.bind_contextvars(service=name)
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def serve_until_cancelled() -> None:
+                async with service_context(
+                    name,
+                    bus=bus_path(),
+                    root=root_directory() / name,
+                    run=run / name,
+                    prefix=stack_prefix(run),
+                    config=load_config(name),
+                ) as context:
+                    await serve(context, setup)
+                    gc.collect()
+                    gc.freeze()
+                    notify_ready()
+                    context.log.info("ready")
+                    await trio.sleep_forever()
+
+            nursery.start_soon(serve_until_cancelled)
+            async for _ in signals:
+                nursery.cancel_scope.cancel()
+                break
+
+
+def run(name: str, setup: Setup) -> None:
+    """A service's whole ``main``. Ends the process with status 1 and one line if it can't start."""
+    configure_logging()
+    try:
+        trio.run(_main, name, setup, strict_exception_groups=False)
+    except errors.BusError as error:
+        sys.exit(f"pyx-{name}: {error.message}")
+
+
+__all__ = ["Call", "Context", "Service", "run"]

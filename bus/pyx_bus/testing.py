@@ -1,0 +1,44 @@
+"""For tests of services and of tools on the bus: a real broker, and a real service, inside the test's own event loop."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from . import service as _service
+from .broker import run_broker
+from .service import Context, Setup, service_context, stack_prefix
+
+
+@asynccontextmanager
+async def broker(directory: Path) -> AsyncIterator[Path]:
+    """A broker on ``directory``/bus.sock for the length of the block; its socket's path."""
+    async with trio.open_nursery() as nursery:
+        path: Path = await nursery.start(run_broker, directory / "bus.sock")
+        yield path
+        nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def serve(
+    bus: Path,
+    name: str,
+    setup: Setup,
+    *,
+    root: Path | None = None,
+    run: Path | None = None,
+    config: dict[str, Any] | None = None,
+) -> AsyncIterator[Context]:
+    """A registered service, its state in ``root`` and ``run`` (beside the bus's socket if not given)."""
+    run = run or bus.parent / "run" / name
+    root = root or bus.parent / "root" / name
+    async with service_context(
+        name, bus=bus, root=root, run=run, prefix=stack_prefix(run.parent), config=config or {}
+    ) as context:
+        await _service.serve(context, setup)
+        yield context
+        context.nursery.cancel_scope.cancel()

@@ -1,0 +1,197 @@
+"""The frames of the bus: bytes in, frames out. No socket, no event loop (docs/bus.md is the specification).
+
+A frame is a fixed header of 24 bytes, a short routing text, and a body of msgpack::
+
+    offset  size  field
+    0       4     size      of the whole frame in bytes, header included
+    4       1     kind      one of the constants below
+    5       1     flags     0; reserved
+    6       1     fds       number of descriptors that travel with the frame
+    7       1     route     length of the routing text
+    8       4     peer      connection ID (calls to and answers from a service), subscription ID (events)
+    12      4     serial    the call's number, chosen by the caller
+    16      8     arg       deadline, offset, sequence number or credit, by kind
+
+all little endian, then ``route`` bytes of UTF-8 (method, service name or topic), then the body. The broker routes by header and
+routing text and never decodes a body, so that it costs the same whatever is in it.
+
+Imports are the bare minimum: the command line starts with this module.
+"""
+
+from __future__ import annotations
+
+from _struct import Struct
+
+PROTOCOL_VERSION = 1
+
+HEADER = Struct("<IBBBBIIQ")
+HEADER_SIZE = HEADER.size
+
+# A frame holds messages, never bulk: 4 MiB is a `ps` of some 8,000 containers. It bounds what one peer makes another allocate.
+MAX_FRAME = 4 << 20
+# Before the handshake nothing longer than a HELLO is acceptable.
+MAX_HELLO = 4096
+# The kernel allows 253 (SCM_MAX_FD); nobody needs more than stdio and a few.
+MAX_FDS = 16
+MAX_ROUTE = 255
+# Items a service may send before the caller gives more credit.
+STREAM_WINDOW = 64
+
+HELLO = 1
+WELCOME = 2
+CALL = 3
+RESULT = 4
+ERROR = 5
+ITEM = 6
+CANCEL = 7
+CREDIT = 8
+REGISTER = 9
+SUBSCRIBE = 10
+UNSUBSCRIBE = 11
+PUBLISH = 12
+ACK = 13
+EVENT = 14
+GAP = 15
+PING = 16
+PONG = 17
+
+KIND_NAMES = {
+    HELLO: "HELLO",
+    WELCOME: "WELCOME",
+    CALL: "CALL",
+    RESULT: "RESULT",
+    ERROR: "ERROR",
+    ITEM: "ITEM",
+    CANCEL: "CANCEL",
+    CREDIT: "CREDIT",
+    REGISTER: "REGISTER",
+    SUBSCRIBE: "SUBSCRIBE",
+    UNSUBSCRIBE: "UNSUBSCRIBE",
+    PUBLISH: "PUBLISH",
+    ACK: "ACK",
+    EVENT: "EVENT",
+    GAP: "GAP",
+    PING: "PING",
+    PONG: "PONG",
+}
+
+
+class ProtocolError(Exception):
+    """The peer broke the protocol; the connection can't go on."""
+
+
+class Frame:
+    """One frame. ``fds`` belong to whoever holds the frame, until it takes them out."""
+
+    __slots__ = ("arg", "body", "fds", "kind", "peer", "route", "serial")
+
+    def __init__(
+        self,
+        kind: int,
+        route: bytes = b"",
+        body: bytes = b"",
+        *,
+        peer: int = 0,
+        serial: int = 0,
+        arg: int = 0,
+        fds: list[int] | None = None,
+    ) -> None:
+        self.kind = kind
+        self.route = route
+        self.body = body
+        self.peer = peer
+        self.serial = serial
+        self.arg = arg
+        self.fds = fds if fds is not None else []
+
+    def encode(self) -> bytes:
+        return encode(self.kind, self.route, self.body, self.peer, self.serial, self.arg, len(self.fds))
+
+    def __repr__(self) -> str:
+        kind = KIND_NAMES.get(self.kind, str(self.kind))
+        return f"<{kind} {self.route!r} peer={self.peer} serial={self.serial} arg={self.arg} body={len(self.body)} fds={self.fds}>"
+
+
+def encode(kind: int, route: bytes, body: bytes, peer: int = 0, serial: int = 0, arg: int = 0, fds: int = 0) -> bytes:
+    """The frame's bytes. Raises ``ProtocolError`` if it would break a limit."""
+    size = HEADER_SIZE + len(route) + len(body)
+    if size > MAX_FRAME:
+        raise ProtocolError(f"frame of {size} bytes is larger than the limit of {MAX_FRAME}")
+    if len(route) > MAX_ROUTE or fds > MAX_FDS:
+        raise ProtocolError(f"route of {len(route)} bytes or {fds} descriptors are over the limits {MAX_ROUTE} and {MAX_FDS}")
+    return HEADER.pack(size, kind, 0, fds, len(route), peer, serial, arg) + route + body
+
+
+class Decoder:
+    """Cuts a byte stream into frames.
+
+    Descriptors arrive with or before the last byte of the frame they belong to, in order (unix(7): a read never goes past the data
+    a set of descriptors was sent with, but may begin before it), so a queue is enough: a frame takes as many as its header says.
+    """
+
+    __slots__ = ("_buffer", "_fds", "max_frame")
+
+    def __init__(self, max_frame: int = MAX_FRAME) -> None:
+        self._buffer = b""
+        self._fds: list[int] = []
+        self.max_frame = max_frame
+
+    def feed(self, data: bytes, fds: list[int] | None = None) -> list[Frame]:
+        """All frames that ``data`` completes. Raises ``ProtocolError``; the connection is to be closed then, and ``take_fds`` to be
+        closed by the caller."""
+        if fds:
+            self._fds.extend(fds)
+        if self._buffer:
+            data = self._buffer + data
+        frames: list[Frame] = []
+        offset = 0
+        end = len(data)
+        unpack = HEADER.unpack_from
+        while end - offset >= HEADER_SIZE:
+            size, kind, _flags, nfds, route_size, peer, serial, arg = unpack(data, offset)
+            if size < HEADER_SIZE + route_size or size > self.max_frame or nfds > MAX_FDS:
+                self._drop(frames)
+                raise ProtocolError(f"bad frame header: size {size}, route {route_size}, {nfds} descriptors")
+            if size > end - offset:
+                break
+            start = offset + HEADER_SIZE
+            offset += size
+            frame = Frame(
+                kind, data[start : start + route_size], data[start + route_size : offset], peer=peer, serial=serial, arg=arg
+            )
+            if nfds:
+                if nfds > len(self._fds):
+                    self._drop(frames)
+                    raise ProtocolError(f"frame announces {nfds} descriptors, {len(self._fds)} came")
+                frame.fds = self._fds[:nfds]
+                del self._fds[:nfds]
+            frames.append(frame)
+        self._buffer = data[offset:] if offset < end else b""
+        if self._fds and (not self._buffer or len(self._fds) > MAX_FDS):
+            self._drop(frames)
+            raise ProtocolError(f"{len(self._fds)} descriptors came with no frame to hold them")
+        return frames
+
+    def _drop(self, frames: list[Frame]) -> None:
+        """Give the descriptors of frames that nobody will see back to the queue, so that ``take_fds`` finds all of them."""
+        for frame in frames:
+            self._fds.extend(frame.fds)
+
+    def take_fds(self) -> list[int]:
+        """Descriptors that belong to no delivered frame; the caller closes them when the connection ends."""
+        fds, self._fds = self._fds, []
+        return fds
+
+
+def topic_matches(pattern: str, topic: str) -> bool:
+    """``*`` stands for one word, ``>`` at the end for one word or more: ``container.*``, ``container.exec.>``, ``>``."""
+    if pattern == topic or pattern == ">":
+        return True
+    wanted = pattern.split(".")
+    words = topic.split(".")
+    if wanted[-1] == ">":
+        wanted.pop()
+        if len(words) <= len(wanted):
+            return False
+        words = words[: len(wanted)]
+    return len(wanted) == len(words) and all(w in ("*", t) for w, t in zip(wanted, words, strict=True))
