@@ -36,6 +36,7 @@ Res = TypeVar("Res", bound=Message)
 
 FIRST_RETRY_S = 0.01
 LAST_RETRY_S = 0.5
+RETRY_FOR_S = 30.0
 # Events a subscriber of this process hasn't taken yet; beyond it the oldest are dropped and a gap is told.
 MAX_BUFFERED_EVENTS = 16_384
 # Events not yet acknowledged by the broker. At about 300 bytes each this is 20 MB, some hours of a busy host without its broker.
@@ -200,7 +201,8 @@ class Bus:
         """Call and wait for the result; a stream's items are passed over.
 
         Raises ``BusError``s; ``DeadlineExceeded`` after ``timeout_s``. Cancelling cancels the callee. An idempotent method is
-        called again when the connection broke or the service was away, until the deadline (30 s if there's none); ``fds`` stay yours.
+        called again when the connection broke or the service was away, until the deadline (if there's none, while it has been away for
+        less than ``RETRY_FOR_S``); ``fds`` stay yours.
         """
         result, received = await self.call_fds(method, request, fds=fds, timeout_s=timeout_s)
         close_fds(received)
@@ -210,15 +212,20 @@ class Bus:
         self, method: Method[Req, Res], request: Req, *, fds: Sequence[int] = (), timeout_s: float | None = None
     ) -> tuple[Res, list[int]]:
         """As ``call``, with the descriptors that came with the result; they're yours."""
-        deadline = anyio.current_time() + (timeout_s if timeout_s is not None else 30.0)
+        end = None if timeout_s is None else anyio.current_time() + timeout_s
         pause = FIRST_RETRY_S
+        give_up = anyio.current_time() + RETRY_FOR_S
         while True:
+            started = anyio.current_time()
             try:
                 async with self.stream(method, request, fds=fds, timeout_s=timeout_s) as stream:
                     result = await stream.result()
                     return result, stream.take_fds()
             except errors.Unavailable:
-                if not method.idempotent or anyio.current_time() + pause > deadline:
+                failed = anyio.current_time()
+                if failed - started > pause:  # it was under way: what broke it is news, and has its own time to mend
+                    give_up, pause = failed + RETRY_FOR_S, FIRST_RETRY_S
+                if not method.idempotent or failed + pause > (give_up if end is None else end):
                     raise
             await anyio.sleep(pause)
             pause = min(LAST_RETRY_S, pause * 2)

@@ -1,0 +1,48 @@
+# Two commands for users, both safe to repeat and needing nothing done before them:  make run,  make test
+
+PYTHON ?= $(shell python3 -c 'import os, sys; print(os.path.realpath(sys.executable))')
+VENV := .venv
+BIN := $(VENV)/bin
+LOCK := requirements.lock
+
+.PHONY: help run test check bench deps clean lock
+
+help:
+	@echo 'make run    start the stack and run a first container'
+	@echo 'make test   every check and every test'
+	@echo 'make check  the checks alone: ruff, mypy, import rules'
+	@echo 'make bench  the benchmarks, beside docker and podman where installed'
+
+# System packages: a runtime, nftables and busybox to run; the tools that make test images to test.
+deps:
+	@deploy/install-packages run
+
+$(BIN)/pyx: $(LOCK) pyproject.toml
+	@deploy/install-packages python
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r $(LOCK)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+run: deps $(BIN)/pyx
+	@deploy/first-run
+
+check: $(BIN)/pyx
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check
+	@deploy/install-packages run test
+	$(BIN)/pytest
+
+bench: deps $(BIN)/pyx
+	$(BIN)/python -m benchmarks
+
+# The lock is made for all supported Pythons at once, with hashes and no registry's address.
+lock:
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header \
+	  --no-emit-find-links --extra dev -o $(LOCK) pyproject.toml
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
