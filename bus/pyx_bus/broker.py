@@ -14,6 +14,7 @@ import secrets
 import socket
 import struct
 import time
+import traceback
 from pathlib import Path
 
 import structlog
@@ -24,7 +25,7 @@ from . import errors
 from .journal import Journal
 from .router import Peer, Router
 from .transport import Transport, close_fds
-from .wire import ERROR, MAX_FRAME, MAX_HELLO, Frame, ProtocolError, encode
+from .wire import ERROR, MAX_HELLO, Frame, ProtocolError, encode
 
 log = structlog.get_logger("bus")
 
@@ -43,8 +44,7 @@ class Connection(Peer):
     def __init__(self, broker: Broker, sock: socket.socket, uid: int, gid: int, pid: int) -> None:
         super().__init__(uid, gid, pid)
         self.broker = broker
-        self.transport = Transport(sock)
-        self.transport.decoder.max_frame = MAX_HELLO
+        self.transport = Transport(sock, first_frame_limit=MAX_HELLO)
         self.blocked = False
         self.scope = trio.CancelScope()
 
@@ -97,7 +97,10 @@ class Broker:
             raise errors.ResourceExhausted(f"the bus has {MAX_CONNECTIONS} connections already")
         if uid in self._allowed_uids or gid in self._allowed_gids:
             return uid, gid, pid
-        raw = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 4 * 1024)
+        try:
+            raw = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 1024)  # Python's bound; ERANGE for more than 256 groups
+        except OSError:
+            raw = b""
         if self._allowed_gids.intersection(struct.unpack(f"{len(raw) // 4}I", raw)):
             return uid, gid, pid
         raise errors.PermissionDenied(
@@ -130,6 +133,8 @@ class Broker:
         except OSError as error:
             if error.errno not in (errno.ECONNRESET, errno.EPIPE, errno.EBADF):
                 log.warning("connection failed", peer=peer.name, pid=pid, error=str(error))
+        except Exception as error:  # a bug of ours costs this peer its connection, never the others theirs
+            log.error("connection failed", peer=peer.name, pid=pid, error=repr(error), traceback=traceback.format_exc())
         finally:
             self.router.drop(peer)
             if not peer.transport.closed:
@@ -153,7 +158,6 @@ class Broker:
                 self._handle(receive, peer, frames)
                 self._flush(nursery)
                 if until_hello and peer.name:
-                    transport.decoder.max_frame = MAX_FRAME
                     return
 
     def _handle(self, receive: object, peer: Connection, frames: list[Frame]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import _socket
 import os
 
-from .wire import MAX_FDS, Decoder, Frame, ProtocolError
+from .wire import MAX_FDS, MAX_FRAME, Decoder, Frame, ProtocolError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -53,11 +53,11 @@ class Transport:
 
     __slots__ = ("_buffer", "_view", "closed", "decoder", "fd", "queue", "queued_bytes", "sock")
 
-    def __init__(self, sock: _socket.socket) -> None:
+    def __init__(self, sock: _socket.socket, *, first_frame_limit: int = MAX_FRAME) -> None:
         sock.setblocking(False)
         self.sock = sock
         self.fd = sock.fileno()
-        self.decoder = Decoder()
+        self.decoder = Decoder(first_frame_limit)
         self.queue: list[Chunk] = []
         self.queued_bytes = 0
         self.closed = False

@@ -129,12 +129,12 @@ class Decoder:
     a set of descriptors was sent with, but may begin before it), so a queue is enough: a frame takes as many as its header says.
     """
 
-    __slots__ = ("_buffer", "_fds", "max_frame")
+    __slots__ = ("_buffer", "_fds", "_limit")
 
-    def __init__(self, max_frame: int = MAX_FRAME) -> None:
+    def __init__(self, first_frame_limit: int = MAX_FRAME) -> None:
         self._buffer = b""
         self._fds: list[int] = []
-        self.max_frame = max_frame
+        self._limit = first_frame_limit
 
     def feed(self, data: bytes, fds: list[int] | None = None) -> list[Frame]:
         """All frames that ``data`` completes. Raises ``ProtocolError``; the connection is to be closed then, and ``take_fds`` to be
@@ -149,7 +149,7 @@ class Decoder:
         unpack = HEADER.unpack_from
         while end - offset >= HEADER_SIZE:
             size, kind, _flags, nfds, route_size, peer, serial, arg = unpack(data, offset)
-            if size < HEADER_SIZE + route_size or size > self.max_frame or nfds > MAX_FDS:
+            if size < HEADER_SIZE + route_size or size > self._limit or nfds > MAX_FDS:
                 self._drop(frames)
                 raise ProtocolError(f"bad frame header: size {size}, route {route_size}, {nfds} descriptors")
             if size > end - offset:
@@ -166,6 +166,7 @@ class Decoder:
                 frame.fds = self._fds[:nfds]
                 del self._fds[:nfds]
             frames.append(frame)
+            self._limit = MAX_FRAME
         self._buffer = data[offset:] if offset < end else b""
         if self._fds and (not self._buffer or len(self._fds) > MAX_FDS):
             self._drop(frames)

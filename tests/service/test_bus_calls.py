@@ -10,6 +10,7 @@ import anyio
 import pytest
 import trio
 import trio.testing
+
 from pyx_bus import client, errors, sync, testing
 from pyx_bus.broker import run_broker
 from pyx_bus.contract.base import Empty, Message, Method
