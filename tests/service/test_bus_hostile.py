@@ -129,11 +129,12 @@ async def test_peer_that_never_reads_is_bounded_and_others_are_served(tmp_path: 
                 publisher = await trio.to_thread.run_sync(raw, path)
                 publisher.setblocking(False)
                 body = packb({"id": "x" * 500_000, "time_ns": 1})
-                stream = HELLO + b"".join(encode(wire.PUBLISH, b"big.one", body, 0, 0, i) for i in range(1, 41))
-                while stream:
-                    await trio.lowlevel.wait_writable(publisher)
-                    stream = stream[publisher.send(stream) :]
-                for _ in range(40):
+                stream = HELLO
+                for sequence in range(1, 41):
+                    stream += encode(wire.PUBLISH, b"big.one", body, 0, 0, sequence)
+                    while stream:
+                        await trio.lowlevel.wait_writable(publisher)
+                        stream = stream[publisher.send(stream) :]
                     assert (await anext(events)).topic == "big.one"
             stats = await bus.call(bus_contract.STATS, Empty(), timeout_s=5)
             assert stats.events_dropped > 10
