@@ -205,6 +205,8 @@ class RemoveContainer(Message, frozen=True, kw_only=True):
 
 
 class RenameContainer(Message, frozen=True, kw_only=True):
+    """Errors: not_found, already_exists (the name is taken), invalid_argument (not a name)."""
+
     container: str
     name: str
 

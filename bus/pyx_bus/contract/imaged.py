@@ -6,7 +6,7 @@ ID is the digest of its config, ``sha256:<64 hex>``.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from .base import Empty, Event, Message, Method, Released, Retain
 
@@ -165,7 +165,7 @@ class ImageList(Message, frozen=True, kw_only=True):
 class Document(Message, frozen=True, kw_only=True):
     """Docker's inspect JSON of one object: Engine API field names and forms."""
 
-    document: dict[str, object]
+    document: dict[str, Any]
 
 
 class TagImage(Message, frozen=True, kw_only=True):
