@@ -9,6 +9,7 @@ Nothing here blocks the loop: the socket is non-blocking and written at once; on
 
 from __future__ import annotations
 
+import logging
 import secrets
 import socket
 from collections import deque
@@ -19,7 +20,6 @@ from typing import Any, Generic, TypeVar
 import anyio
 import anyio.abc
 import msgspec
-import structlog
 
 from . import errors
 from .contract.base import Event, Message, Method
@@ -29,7 +29,7 @@ from .sync import connect_unix, default_path
 from .transport import Transport, close_fds
 from .wire import ACK, CALL, CANCEL, CREDIT, PING, PUBLISH, Frame, ProtocolError, encode
 
-log = structlog.get_logger("bus.client")
+log = logging.getLogger("pyx_bus.client")  # not structlog: this is a library, its user decides where it logs
 
 Req = TypeVar("Req", bound=Message)
 Res = TypeVar("Res", bound=Message)
@@ -365,7 +365,7 @@ class Bus:
                 try:
                     await self._converse(transport)
                 except (OSError, ProtocolError, anyio.ClosedResourceError) as error:
-                    log.warning("lost the bus", path=self.path, error=str(error))
+                    log.warning("lost the bus at %s: %s", self.path, error)
                 finally:
                     self._disconnected()
         finally:

@@ -90,6 +90,13 @@ def load_config(name: str) -> dict[str, Any]:
     return table
 
 
+class _ToStructlog(logging.Handler):
+    """Libraries (ours and others') log through the standard library; their records join ours."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        structlog.get_logger(record.name).log(record.levelno, record.getMessage(), exc_info=record.exc_info)
+
+
 def configure_logging() -> None:
     """Structured lines on stderr: JSON for machines ($PYX_LOG_FORMAT=json), key=value else. $PYX_LOG_LEVEL, default info."""
     level = logging.getLevelNamesMapping().get(os.environ.get("PYX_LOG_LEVEL", "info").upper(), logging.INFO)
@@ -108,6 +115,7 @@ def configure_logging() -> None:
         logger_factory=structlog.WriteLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
+    logging.basicConfig(level=max(level, logging.WARNING), handlers=[_ToStructlog()], force=True)
 
 
 def notify_ready() -> None:
