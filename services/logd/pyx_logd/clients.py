@@ -1,0 +1,102 @@
+"""A client's descriptor: written without ever blocking logd, and without changing the client's own view of it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+
+import trio
+
+from pyx_bus.errors import InvalidArgument
+
+from . import frames
+
+
+class Client:
+    """Somebody who gets output: an attached terminal, a reader of logs. Owns ``fd``, the write end of a pipe, or a socket.
+
+    `send_nowait` writes what fits and keeps the rest; `flush` waits until the rest is out. A sender flushes before it sends more, so the
+    rest is bounded by what it sent. A client that closed its end is ``gone``: what is sent to it vanishes, nobody else notices.
+    """
+
+    def __init__(self, fd: int, frame: frames.Frame, *, stdout: bool = True, stderr: bool = True) -> None:
+        self.gone = False
+        self._fd = _nonblocking(fd)
+        self._frame = frame
+        self._wants = {"stdout": stdout, "stderr": stderr}
+        self._rest = b""
+        self._flushing = trio.Lock()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there's something to `flush`."""
+        return bool(self._rest)
+
+    def send_nowait(self, stream: str, payload: bytes) -> None:
+        """Send output of ``stream``, if the client wants that one."""
+        if self._wants[stream] and payload and not self.gone:
+            self.write_nowait(self._frame(stream, payload))
+
+    def write_nowait(self, data: bytes) -> None:
+        """Send ``data`` as it is."""
+        if self.gone:
+            return
+        if self._rest:
+            self._rest += data
+            return
+        self._rest = data[self._write(data) :]
+
+    def _write(self, data: bytes) -> int:
+        try:
+            return os.write(self._fd, data)
+        except BlockingIOError:
+            return 0
+        except OSError:  # EPIPE, ECONNRESET: the other end is closed
+            self.gone = True
+            return len(data)
+
+    async def flush(self) -> None:
+        """Wait until all is written, or the client is gone. Cancelled, it may have written a part."""
+        async with self._flushing:  # stdout's and stderr's readers may both be here
+            while self._rest and not self.gone:
+                try:
+                    await trio.lowlevel.wait_writable(self._fd)
+                except trio.ClosedResourceError:  # by the other stream's reader
+                    break
+                self._rest = self._rest[self._write(self._rest) :]
+        if self.gone:
+            self._rest = b""
+
+    def close(self) -> None:
+        """The client sees the end. Idempotent."""
+        self.gone = True
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            trio.lowlevel.notify_closing(fd)
+            os.close(fd)
+
+
+def _nonblocking(fd: int) -> int:
+    """A descriptor for the same pipe that doesn't block. Takes ``fd``: closes it if it isn't the answer, or on an error.
+
+    O_NONBLOCK belongs to the open file description, which the client shares with us: a pipe is opened anew, so that only ours has it.
+    That can't be done with a socket.
+    """
+    try:
+        mode = os.fstat(fd).st_mode
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY or not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+            raise InvalidArgument("the descriptor for output must be the write end of a pipe, or a socket")
+        if stat.S_ISFIFO(mode):
+            try:
+                fresh = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            except OSError:  # somebody else's pipe and no right to open it, or no /proc
+                pass
+            else:
+                os.close(fd)
+                return fresh
+        os.set_blocking(fd, False)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd

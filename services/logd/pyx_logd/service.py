@@ -1,0 +1,120 @@
+"""The use cases of logd, over all containers."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import structlog
+import trio
+
+from pyx_bus.errors import InvalidArgument, NotFound
+
+from .drivers import factory
+from .log import ContainerLog
+from .model import ContainerID, check_streams
+from .reader import Selection
+from .run import check_source
+from .store import Meta, Store
+
+
+class LogService:
+    """Every method owns the descriptors it's given, whatever happens."""
+
+    def __init__(self, store: Store, nursery: trio.Nursery, logger: structlog.typing.FilteringBoundLogger) -> None:
+        self._store = store
+        self._nursery = nursery
+        self._logger = logger
+        self._logs: dict[ContainerID, ContainerLog] = {}
+
+    def start(self) -> None:
+        """Take up what an earlier process left: delete what it was deleting, store what it had read."""
+        for trash in self._store.leftovers():
+            self._nursery.start_soon(trio.to_thread.run_sync, self._store.delete, trash)
+        for container in self._store.containers():
+            if self._store.windows(container):
+                self._find(container)
+
+    def _find(self, container: ContainerID) -> ContainerLog | None:
+        log = self._logs.get(container)
+        if log is None:
+            meta = self._store.load(container)
+            if meta is not None:
+                log = self._logs[container] = ContainerLog(container, meta, self._store, self._logger)
+        return log
+
+    def _get(self, container: ContainerID) -> ContainerLog:
+        log = self._find(container)
+        if log is None:
+            raise NotFound(f'no log of container "{container}"')
+        return log
+
+    def open(
+        self, container: ContainerID, run: int, streams: list[str], attached: int, driver: str, options: dict[str, str], fds: list[int]
+    ) -> str:
+        """Begin to read a run's streams; returns the log's path. Without an await, so that two calls can't interleave."""
+        try:
+            check_streams(streams)
+            if attached < 0 or len(fds) != len(streams) + attached:
+                raise InvalidArgument(f"{len(streams)} streams and {attached} clients need as many descriptors, not {len(fds)}")
+            for stream, fd in zip(streams, fds, strict=False):
+                check_source(fd, stream)
+            factory(driver)(self._store.directory(container), options, lambda what, error: None)  # checks the options
+            log = self._find(container)
+            created_ns = log.meta.created_ns if log else time.time_ns()
+            meta = Meta(driver=driver, options=options, tty=streams == ["tty"], run=run, created_ns=created_ns)
+            if log is None:
+                self._store.save(container, meta)
+                log = self._logs[container] = ContainerLog(container, meta, self._store, self._logger)
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
+        opened = log.open_run(run, streams, fds[: len(streams)], fds[len(streams) :], meta)
+        if opened is not None:
+            self._nursery.start_soon(log.serve, opened)
+        return log.driver.path
+
+    def attach(self, container: ContainerID, fd: int, *, logs: bool, stdout: bool, stderr: bool) -> None:
+        try:
+            log = self._get(container)
+        except BaseException:
+            os.close(fd)
+            raise
+        log.attach(fd, logs=logs, stdout=stdout, stderr=stderr)
+
+    async def read(self, container: ContainerID, fd: int, selection: Selection, *, follow: bool) -> None:
+        try:
+            log = self._get(container)
+        except BaseException:
+            os.close(fd)
+            raise
+        await log.read(fd, selection, follow=follow)
+
+    async def wait_drained(self, container: ContainerID, run: int) -> None:
+        log = self._find(container)
+        if log is not None:
+            await log.wait_drained(run)
+
+    async def remove(self, container: ContainerID) -> None:
+        """Idempotent. The files are gone from sight when it returns; deleting them goes on in the background."""
+        log = self._logs.get(container)
+        if log is not None:
+            await log.stop()
+            if self._logs.get(container) is log:
+                del self._logs[container]
+        trash = self._store.discard(container)
+        self._nursery.start_soon(trio.to_thread.run_sync, self._store.delete, trash)
+
+    async def retain(self, living: set[str], before_ns: int) -> list[str]:
+        """Remove the logs of all other containers, if they were begun before."""
+        released: list[str] = []
+        for container in self._store.containers():
+            if container in living:
+                continue
+            log = self._logs.get(container)
+            meta = log.meta if log else self._store.load(container)
+            if meta is not None and meta.created_ns < before_ns:
+                await self.remove(container)
+                released.append(container)
+        return released
