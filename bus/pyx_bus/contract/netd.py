@@ -25,10 +25,12 @@ class AttachContainer(Message, frozen=True, kw_only=True):
 
     ``network`` is a network's name or ID, or ``none`` (a namespace with lo alone) or ``host`` (no namespace).
     Errors: not_found (no such network), conflict (a host port or the wanted address is taken), invalid_argument,
-    resource_exhausted (no free address or port). A failed attach leaves nothing behind.
+    resource_exhausted (no free address or port). A failed attach leaves nothing behind. A container that is attached already is
+    answered as it is, whatever else the request says. ``container_name`` is what a network's inspect shows; ``hostname`` stands in.
     """
 
     container_id: str
+    container_name: str = ""
     network: str = "bridge"
     ipv4_address: str = ""
     mac_address: str = ""

@@ -1,0 +1,1 @@
+"""Network drivers: base.py says what one is."""
