@@ -1,0 +1,1 @@
+"""pyx beside Docker, Podman and the bare runtimes: ``make bench``."""
