@@ -1,0 +1,165 @@
+"""imaged on the bus: request → use case → reply."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import trio
+
+from pyx_bus.contract import imaged as contract
+from pyx_bus.contract.base import Empty, Released, Retain
+from pyx_bus.errors import FailedPrecondition, InvalidArgument
+from pyx_bus.service import Call, Context, Service
+
+from . import platforms
+from .drivers.base import Snapshotter
+from .drivers.copy import Copy
+from .drivers.overlayfs import Overlayfs
+from .extract import Limits
+from .library import Library
+from .registry import Registry
+from .service import Images
+from .transfer import Transfers
+from .workers import Workers
+
+
+class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The table ``[imaged]``. ``snapshotter``: overlayfs, copy, or empty for the first one that works.
+
+    ``insecure_registries``: host[:port] or CIDR that may speak plain HTTP, besides loopback. ``max_image_bytes``: bound of one layer
+    unpacked, and of one archive loaded. ``max_layer_entries``: files of one layer. ``min_free_bytes``: unpacking stops before less is
+    free. ``allow_absolute_names``: take archive entries with absolute paths as relative ones, instead of refusing them.
+    """
+
+    snapshotter: str = ""
+    insecure_registries: list[str] = []
+    max_image_bytes: int = 64 << 30
+    max_layer_entries: int = 4_000_000
+    min_free_bytes: int = 64 << 20
+    allow_absolute_names: bool = False
+
+
+def _host() -> platforms.Platform:
+    flags: list[str] = []
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("flags"):
+                flags = line.partition(":")[2].split()
+                break
+    except OSError:
+        pass  # no /proc: the baseline of the architecture
+    return platforms.host_platform(platform.machine(), flags)
+
+
+def _snapshotters(root: Path, library: Library, wanted: str, context: Context) -> dict[str, Snapshotter]:
+    """Those that work on this host, tried for real; the one for new snapshots first. Blocks."""
+    usable: dict[str, Snapshotter] = {}
+    known: list[Snapshotter] = [Overlayfs(root / "l"), Copy()]
+    if wanted and wanted not in {snapshotter.name for snapshotter in known}:
+        raise InvalidArgument(f'unknown snapshotter: "{wanted}"', hint="overlayfs or copy")
+    for snapshotter in sorted(known, key=lambda snapshotter: snapshotter.name != wanted):
+        scratch = library.disk.ingest_directory()
+        try:
+            snapshotter.probe(scratch)
+            usable[snapshotter.name] = snapshotter
+        except OSError as error:
+            context.log.warning("snapshotter can't be used here", snapshotter=snapshotter.name, reason=str(error))
+        finally:
+            library.discard(scratch)
+    if not usable or (wanted and wanted not in usable):
+        raise FailedPrecondition(f'no usable snapshotter on "{root}"', hint="the log says why each of them failed")
+    return usable
+
+
+@contextmanager
+def _descriptor(call: Call) -> Iterator[int]:
+    """The one descriptor a request must bring; closed at the end."""
+    fds = call.take_fds()
+    try:
+        if len(fds) != 1:
+            raise InvalidArgument(f"the request must bring one descriptor, it brought {len(fds)}")
+        yield fds[0]
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+async def setup(context: Context) -> Service:
+    try:
+        config = msgspec.convert(context.config, Config)
+    except msgspec.ValidationError as error:
+        raise InvalidArgument(f"invalid configuration of imaged: {error}") from None
+    root = context.root
+    if set(str(root)) & set(":,\\"):
+        raise InvalidArgument(f'the data directory\'s path can\'t have ":", "," or a backslash: "{root}"')
+    root.chmod(0o711)
+    library = await trio.to_thread.run_sync(Library, root)
+    context.exit_stack.callback(library.store.close)
+    snapshotters = await trio.to_thread.run_sync(_snapshotters, root, library, config.snapshotter, context)
+    context.nursery.start_soon(library.keep_trash_empty, context.log)
+    host = _host()
+    images = Images(library, snapshotters, host, context.bus.publish)
+    limits = Limits(config.max_image_bytes, config.max_layer_entries, config.min_free_bytes)
+    workers = Workers(limits, allow_absolute=config.allow_absolute_names)
+    transfers = Transfers(library, workers, Registry(config.insecure_registries), host, context.bus.publish)
+    context.log.info("ready", **images.describe())
+    return _service(images, transfers)
+
+
+def _service(images: Images, transfers: Transfers) -> Service:
+    service = Service("imaged")
+
+    @service.method(contract.RESOLVE)
+    async def resolve(call: Call, request: contract.ResolveImage) -> contract.ImageConfig:
+        return images.resolve(request)
+
+    @service.method(contract.PREPARE)
+    async def prepare(call: Call, request: contract.PrepareSnapshot) -> contract.Snapshot:
+        return await images.prepare(request)
+
+    @service.method(contract.RELEASE)
+    async def release(call: Call, request: contract.ReleaseSnapshot) -> Empty:
+        images.release(request.container_id)
+        return Empty()
+
+    @service.method(contract.RETAIN)
+    async def retain(call: Call, request: Retain) -> Released:
+        return images.retain(request)
+
+    @service.method(contract.IMPORT)
+    async def import_image(call: Call, request: contract.ImportImage) -> contract.ImageID:
+        with _descriptor(call) as fd:
+            return await transfers.import_image(request, fd)
+
+    @service.method(contract.LOAD)
+    async def load(call: Call, request: contract.LoadImages) -> contract.LoadedImages:
+        with _descriptor(call) as fd:
+            return await transfers.load(request, fd, call.send)
+
+    @service.method(contract.PULL)
+    async def pull(call: Call, request: contract.PullImage) -> contract.PulledImage:
+        return await transfers.pull(request, call.send)
+
+    @service.method(contract.LIST)
+    async def list_images(call: Call, request: contract.ListImages) -> contract.ImageList:
+        return images.list(request)
+
+    @service.method(contract.INSPECT)
+    async def inspect(call: Call, request: contract.ResolveImage) -> contract.Document:
+        return images.inspect(request)
+
+    @service.method(contract.TAG)
+    async def tag(call: Call, request: contract.TagImage) -> Empty:
+        await images.tag(request)
+        return Empty()
+
+    @service.method(contract.REMOVE)
+    async def remove(call: Call, request: contract.RemoveImage) -> contract.RemovedImage:
+        return await images.remove(request)
+
+    return service

@@ -1,0 +1,131 @@
+"""Worker processes from imaged's side: start one for a job, follow its progress, read its result, never leave it behind.
+
+A worker is a fresh interpreter (nothing is forked from this process, which has threads). It holds the read end of a pipe, its
+lifeline: when imaged dies, however, the worker notices and ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import trio
+
+from pyx_bus.errors import BY_CODE, Internal
+
+from .extract import Limits
+
+_LINE_LIMIT = 64 << 20  # the result of a spooled archive lists its members
+Progress = Callable[[int], None]
+
+
+class UnpackResult(msgspec.Struct, frozen=True):
+    """What ``worker.unpack`` found: both digests, sizes in bytes, and the directories the archive only implies."""
+
+    digest: str
+    size: int
+    diff_id: str
+    compression: str
+    unpacked_size: int
+    entries: int
+    implied: list[str]
+
+
+class Member(msgspec.Struct, frozen=True):
+    """A member of an outer archive; ``number`` is its file's name in the spool directory, -1 if it has none."""
+
+    name: str
+    kind: str
+    link: str = ""
+    number: int = -1
+    size: int = 0
+    digest: str = ""
+
+
+class SpoolResult(msgspec.Struct, frozen=True):
+    members: list[Member]
+    compression: str
+
+
+class Workers:
+    """Runs jobs, as many at a time as the host has CPUs: more would only take each other's time and memory."""
+
+    def __init__(self, limits: Limits, *, allow_absolute: bool) -> None:
+        self._limits = limits
+        self._allow_absolute = allow_absolute
+        self._slots = trio.CapacityLimiter(max(2, len(os.sched_getaffinity(0))))
+
+    async def unpack(
+        self, source: int, root: Path, *, base: bool, blob: Path | None, strict_end: bool, progress: Progress
+    ) -> UnpackResult:
+        """Extract the layer that descriptor ``source`` gives (not closed here) into ``root``; keep its bytes in ``blob``.
+
+        Errors: invalid_argument (bad archive), resource_exhausted (limits, disk). Cancelled: the worker is killed.
+        """
+        job = {
+            "kind": "unpack", "root": str(root), "base": base, "blob": str(blob or ""), "strict_end": strict_end,
+            "allow_absolute": self._allow_absolute,
+        }  # fmt: skip
+        return msgspec.convert(await self._run(source, job, progress), UnpackResult)
+
+    async def spool(self, source: int, directory: Path, progress: Progress) -> SpoolResult:
+        """Keep the members of an outer archive in ``directory``. Errors as ``unpack``'s."""
+        return msgspec.convert(await self._run(source, {"kind": "spool", "directory": str(directory)}, progress), SpoolResult)
+
+    async def _run(self, source: int, job: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        async with self._slots:
+            ours, theirs = -1, -1
+            try:
+                theirs, ours = os.pipe2(os.O_CLOEXEC)
+                job |= {"limits": asdict(self._limits), "lifeline": theirs}
+                process = await trio.lowlevel.open_process(
+                    [sys.executable, "-I", "-m", "pyx_imaged.worker", json.dumps(job)],
+                    stdin=source,
+                    stdout=subprocess.PIPE,
+                    pass_fds=(theirs,),
+                    env={"LANG": "C.UTF-8", "PATH": os.environ.get("PATH", "")},
+                )
+                os.close(theirs)
+                theirs = -1
+                return await self._follow(process, progress)
+            finally:
+                for fd in (ours, theirs):
+                    if fd >= 0:
+                        os.close(fd)
+
+    async def _follow(self, process: trio.Process, progress: Progress) -> dict[str, Any]:
+        assert process.stdout is not None
+        answer: dict[str, Any] = {}
+        buffer = bytearray()
+        try:
+            async with process.stdout:
+                while data := await process.stdout.receive_some(65536):
+                    buffer += data
+                    if len(buffer) > _LINE_LIMIT:
+                        raise Internal("the unpacking worker's answer is too long")
+                    *lines, rest = buffer.split(b"\n") if b"\n" in data else (buffer,)
+                    buffer = bytearray(rest)
+                    for line in lines:
+                        message = json.loads(line)
+                        if "progress" in message:
+                            progress(message["progress"])
+                        else:
+                            answer = message
+            await process.wait()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                with trio.CancelScope(shield=True):
+                    await process.wait()  # a killed process ends at once
+        if "result" in answer:
+            return dict(answer["result"])
+        if "error" in answer:
+            raise BY_CODE.get(answer["error"]["code"], Internal)(answer["error"]["message"])
+        raise Internal(f"the unpacking worker ended with status {process.returncode} and without an answer")
