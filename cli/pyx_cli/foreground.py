@@ -91,6 +91,7 @@ class Foreground:
         self._previous_wakeup = -1
         self._lost_at = 0.0
         self._retry_at = 0.0
+        self._tried_at = -100.0
         self._looking_for_death = 0.0
         self._size = (0, 0)
 
@@ -334,7 +335,8 @@ class Foreground:
 
     def _again(self) -> None:
         now = time.monotonic()
-        self._lost_at = self._lost_at or now
+        if now - self._tried_at > 5:  # the last attempt held for a while: this is another loss
+            self._lost_at = now
         if self._is_exec:
             raise CliError("lost the service that held the command's exit code; the command itself goes on", 125)
         if now - self._lost_at > _RECOVER_S:
@@ -344,7 +346,7 @@ class Foreground:
     def _recover(self) -> None:
         from pyx_bus import errors
 
-        self._retry_at = 0.0
+        self._retry_at, self._tried_at = 0.0, time.monotonic()
         try:
             if self._connection is None:
                 self._connection = self._connect()

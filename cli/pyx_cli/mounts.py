@@ -23,7 +23,7 @@ def _target(path: str, whole: str) -> str:
 
 
 def volume(text: str, cwd: str, driver: str = "") -> dict[str, object]:
-    """``-v [SOURCE:]TARGET[:OPTIONS]``. A source beginning with ``/``, ``.`` or ``~`` is a host path, made if missing; else a name."""
+    """``-v [SOURCE:]TARGET[:OPTIONS]``. A source beginning with ``/`` or ``.`` is a host path, made if missing; else a name."""
     parts = text.split(":")
     if not text or len(parts) > 3 or not all(parts[:2]):
         raise CliError(f"invalid volume specification: '{text}'", 125)
@@ -36,7 +36,9 @@ def volume(text: str, cwd: str, driver: str = "") -> dict[str, object]:
     if source[0] in "/.":
         request = {"type": "bind", "source": posixpath.normpath(posixpath.join(cwd, source)), "target": target, "create_source": True}
     else:
-        if len(source) < 2 or source[0] in "_.-" or not _NAME.issuperset(source):
+        if len(source) < 2:
+            raise CliError(f'volume name "{source}" is too short: names have at least two characters', 125)
+        if source[0] in "_.-" or not _NAME.issuperset(source):
             raise CliError(
                 f'"{source}" includes invalid characters for a local volume name, only "[a-zA-Z0-9][a-zA-Z0-9_.-]" are allowed. '
                 "If you intended to pass a host directory, use an absolute path",

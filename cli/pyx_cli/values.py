@@ -24,10 +24,10 @@ def size_bytes(text: str, flag: str) -> int:
             unit = unit[: -len(ending)]
             break
     try:
-        value = float(number)
+        value = float(number) if not set(number) - set("0123456789.") else -1.0
     except ValueError:
         value = -1.0
-    if unit not in _UNITS or value < 0 or value != value or value == float("inf"):
+    if unit not in _UNITS or value < 0:
         raise invalid(text, flag, f"invalid size: '{text}'")
     return int(value * 1024 ** _UNITS[unit])
 

@@ -49,14 +49,11 @@ def _before_down(options: Options) -> None:
             raise CliError(f"cannot stop the containers: {error}", 1, "pyx system down without --stop-containers leaves them") from None
 
 
-def _services(options: Options) -> list[dict[str, object]]:
-    return items(connect(options).call("bus.services"), "services")
-
-
 def version(options: Options) -> int:
     import platform
 
     from pyx_bus import __version__
+    from pyx_bus.errors import Unavailable
 
     client: dict[str, object] = {
         "Version": __version__, "PythonVersion": platform.python_version(), "Os": "linux", "Arch": platform.machine(),
@@ -64,10 +61,14 @@ def version(options: Options) -> int:
     server: dict[str, object] | None = None
     failure: CliError | None = None
     try:
-        info = connect(options).call("containerd.info")
+        connection = connect(options)
+        try:
+            info = connection.call("containerd.info", timeout_s=10)
+        except Unavailable:
+            info = {}
         server = {
             "Components": [
-                {"Name": text(one, "name"), "Version": text(one, "version")} for one in sorted(_services(options), key=str)
+                {"Name": text(one, "name"), "Version": text(one, "version")} for one in sorted(items(connection.call("bus.services"), "services"), key=str)
             ],
             "DefaultRuntime": text(info, "default_runtime"),
             "RuntimeVersion": text(info, "runtime_version"),
@@ -95,11 +96,23 @@ def version(options: Options) -> int:
 
 
 def info(options: Options) -> int:
+    from pyx_bus.errors import Unavailable
+
     connection = connect(options)
-    body = connection.call("containerd.info")
-    services = items(connection.call("bus.services"), "services")
+    services = sorted(items(connection.call("bus.services"), "services"), key=lambda one: text(one, "name"))
     stats = connection.call("bus.stats")
-    images = len(items(connection.call("imaged.list", {}), "images")) if any(one.get("name") == "imaged" for one in services) else 0
+    body: dict[str, object] = {}
+    images = 0
+    missing = []
+    # This is what one looks at when something doesn't work: a service that is down must not make it fail.
+    try:
+        body = connection.call("containerd.info", timeout_s=10)
+    except Unavailable as error:
+        missing.append(error.message)
+    try:
+        images = len(items(connection.call("imaged.list", {}, timeout_s=10), "images"))
+    except Unavailable as error:
+        missing.append(error.message)
     runtimes = mapping(body, "runtimes")
     data: dict[str, object] = {
         "Containers": number(body, "containers"),
@@ -152,6 +165,9 @@ def info(options: Options) -> int:
         *(f" {text(one, 'name')}: pid {number(one, 'pid')}, version {text(one, 'version')}" for one in services),
     ]
     sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.flush()
     for warning in texts(body, "warnings"):
         os.write(2, f"WARNING: {warning}\n".encode())
-    return 0
+    for message in missing:
+        os.write(2, f"pyx: {message}\n".encode())
+    return 1 if missing else 0
