@@ -1,0 +1,190 @@
+"""The bus's methods: unpack the call, hand it to a use case, pack the result. Decides nothing."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import trio
+
+from pyx_bus import errors
+from pyx_bus.contract import containerd as contract
+from pyx_bus.contract.base import Empty
+from pyx_bus.contract.imaged import Document
+from pyx_bus.service import Call, Context, Service
+
+from . import document, execute, host, kernel, listing, probe, recovery, service, start
+from .drivers.runtime import Runtime
+from .engine import Engine, Live
+from .store import Store
+
+
+async def setup(context: Context) -> Service:
+    """Build the engine, recover, and register the methods."""
+    engine = Engine(context, Store(context.root / "containers.db"))
+    context.exit_stack.callback(engine.close)
+    engine.bundles.mkdir(parents=True, exist_ok=True)
+    engine.bundles.chmod(0o700)
+    engine.warm_path = kernel.warm_path(engine.cgroup_parent)
+    engine.zygote.start()
+    _find_runtimes(engine)
+    await recovery.recover(engine)
+    context.nursery.start_soon(_choose_runtime, engine)
+    context.nursery.start_soon(recovery.keep_told, engine)
+    return methods(engine)
+
+
+def _find_runtimes(engine: Engine) -> None:
+    configured = engine.context.config.get("runtimes", {})
+    if not isinstance(configured, dict):
+        raise errors.InvalidArgument('"runtimes" of the configuration must be a table: name = "path"')
+    root = engine.context.run / "runtime"
+    root.mkdir(mode=0o700, exist_ok=True)
+    for name, path in probe.candidates({str(key): str(value) for key, value in configured.items()}).items():
+        (root / name).mkdir(mode=0o700, exist_ok=True)
+        engine.runtimes[name] = Runtime(name, path, str(root / name))
+
+
+async def _choose_runtime(engine: Engine) -> None:
+    paths = {name: runtime.path for name, runtime in engine.runtimes.items()}
+    wanted = str(engine.context.config.get("default_runtime", ""))
+    cache = engine.context.root / "runtime.json"
+    scratch = engine.context.run / "probe"
+    engine.choice = await probe.choose(paths, wanted, cache, scratch, engine.cgroup_parent)
+    engine.chosen.set()
+    engine.log.info("runtime chosen", runtime=engine.choice.name, reason=engine.choice.reason)
+
+
+def _clients(call: Call, attach: contract.AttachOptions) -> list[int]:
+    if len(call.fds) != (1 if attach.output else 0):
+        raise errors.InvalidArgument(f"wrong number of descriptors: {len(call.fds)} came, output is {attach.output}")
+    return call.fds
+
+
+async def _started(call: Call, container_id: str, given: int) -> None:
+    item = contract.RunProgress(phase="started", id=container_id)
+    try:
+        await call.send(item, [given] if given >= 0 else [])
+    finally:
+        if given >= 0:
+            os.close(given)
+
+
+def methods(engine: Engine) -> Service:
+    """The service with every method of the contract."""
+    bus = Service("containerd")
+
+    @bus.method(contract.CREATE)
+    async def create(call: Call, request: contract.CreateContainer) -> contract.CreatedContainer:
+        live = await service.create(engine, request.spec, call.send)
+        return contract.CreatedContainer(id=live.id)
+
+    @bus.method(contract.RUN)
+    async def run(call: Call, request: contract.RunContainer) -> contract.ExitStatus:
+        clients = _clients(call, request.attach)
+        live, given = await service.run(engine, request.spec, request.attach, clients, call.send)
+        exited = live.exited
+        call_fds_done(call)
+        await _started(call, live.id, given)
+        if request.detach:
+            return contract.ExitStatus(id=live.id)
+        await exited.wait()
+        return live.exit_status()
+
+    @bus.method(contract.START)
+    async def start_(call: Call, request: contract.StartContainer) -> contract.ExitStatus:
+        live = engine.find(request.container)
+        given = await start.start(engine, live, request.attach, _clients(call, request.attach))
+        exited = live.exited
+        call_fds_done(call)
+        await _started(call, live.id, given)
+        if not request.wait:
+            return contract.ExitStatus(id=live.id)
+        await exited.wait()
+        return live.exit_status()
+
+    @bus.method(contract.ATTACH)
+    async def attach(call: Call, request: contract.AttachContainer) -> contract.ExitStatus:
+        live = engine.find(request.container)
+        exited = live.exited
+        given = await service.attach(engine, live, request.attach, _clients(call, request.attach))
+        call_fds_done(call)
+        await _started(call, live.id, given)
+        await exited.wait()
+        return live.exit_status()
+
+    @bus.method(contract.EXEC)
+    async def exec_(call: Call, request: contract.ExecContainer) -> contract.ExitStatus:
+        live = engine.find(request.container)
+
+        async def started(master: int) -> None:
+            call_fds_done(call)
+            await call.send(contract.RunProgress(phase="started", id=live.id), [master] if master >= 0 else [])
+
+        return await execute.execute(engine, live, request, call.fds, started)
+
+    @bus.method(contract.STOP)
+    async def stop(call: Call, request: contract.StopContainer) -> Empty:
+        await service.stop(engine, engine.find(request.container), request.signal, request.timeout_s)
+        return Empty()
+
+    @bus.method(contract.RESTART)
+    async def restart(call: Call, request: contract.StopContainer) -> Empty:
+        await service.restart(engine, engine.find(request.container), request.signal, request.timeout_s)
+        return Empty()
+
+    @bus.method(contract.KILL)
+    async def kill(call: Call, request: contract.KillContainer) -> Empty:
+        await service.kill(engine, engine.find(request.container), request.signal)
+        return Empty()
+
+    @bus.method(contract.PAUSE)
+    async def pause(call: Call, request: contract.ContainerRef) -> Empty:
+        await service.pause(engine, engine.find(request.container))
+        return Empty()
+
+    @bus.method(contract.UNPAUSE)
+    async def unpause(call: Call, request: contract.ContainerRef) -> Empty:
+        await service.unpause(engine, engine.find(request.container))
+        return Empty()
+
+    @bus.method(contract.WAIT)
+    async def wait(call: Call, request: contract.WaitContainer) -> contract.ExitStatus:
+        return await service.wait(engine.find(request.container), request.condition)
+
+    @bus.method(contract.REMOVE)
+    async def remove(call: Call, request: contract.RemoveContainer) -> Empty:
+        await service.remove(engine, engine.find(request.container), force=request.force, volumes=request.volumes)
+        return Empty()
+
+    @bus.method(contract.RENAME)
+    async def rename(call: Call, request: contract.RenameContainer) -> Empty:
+        await service.rename(engine, engine.find(request.container), request.name)
+        return Empty()
+
+    @bus.method(contract.LIST)
+    async def list_(call: Call, request: contract.ListContainers) -> contract.ContainerList:
+        now = time.time_ns()
+        records = [live.record for live in engine.containers.values()]
+        chosen = listing.select(records, request.filters, all_=request.all, limit=request.limit)
+        return contract.ContainerList(containers=[listing.summary(record, now) for record in chosen])
+
+    @bus.method(contract.INSPECT)
+    async def inspect(call: Call, request: contract.ContainerRef) -> Document:
+        live: Live = engine.find(request.container)
+        bundle = str(engine.bundle(live.id))
+        return Document(document=document.inspect(live.record, bundle=bundle, exec_ids=list(live.executions)))
+
+    @bus.method(contract.INFO)
+    async def info(call: Call, request: Empty) -> contract.SystemInfo:
+        with trio.move_on_after(5):
+            await engine.chosen.wait()
+        return host.info(engine)
+
+    return bus
+
+
+def call_fds_done(call: Call) -> None:
+    """Close the request's descriptors: a client waits for the end of the pipe whose other end it sent us."""
+    for fd in call.take_fds():
+        os.close(fd)

@@ -1,0 +1,1 @@
+"""Drivers: the OCI runtimes."""

@@ -1,0 +1,257 @@
+"""The end of a run: recording the exit, telling those who wait, and taking down what the run had.
+
+What somebody could notice (the name, published ports, volumes in use, the image in use) is free before the exit is reported; what
+nobody refers to any more (the runtime's state, the cgroup, the last bytes on their way to the log, the bundle) goes afterwards.
+Each exit is handled once: ``ended`` acts on the change from running, and there's only one of those.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+import trio
+
+from pyx_bus import errors
+from pyx_bus.contract import containerd as contract
+from pyx_bus.contract import imaged, logd, netd, volumed
+
+from . import bundle as bundles
+from . import kernel
+from .drivers.runtime import Runtime
+from .engine import SERVICE_TIMEOUT_S, Engine, Live
+from .errors import KernelError
+from .model import Change
+from .shim import EXIT_NAME, read_exit
+from .shims import Exit
+
+REPORT_WITHIN_S = 1.0  # the exit is reported at the latest then, even if a service is away and its release has to wait
+DRAIN_TIMEOUT_S = 3600.0  # how long the shim keeps the streams of an ended run for a reader that doesn't read
+LOST_EXIT_CODE = 137  # a container whose shim was killed is killed, too: nobody could tell its exit any more
+
+Step = Callable[[], Awaitable[object]]
+
+
+async def ended(engine: Engine, live: Live, exit_: Exit) -> None:
+    """The init process has ended."""
+    await live.spawned.wait()
+    if not live.running:
+        return
+    record = live.record
+    oom_killed = kernel.oom_kills(record.cgroup) > 0
+    engine.change(
+        live,
+        Change.EXIT,
+        pid=0,
+        exit_code=exit_.code,
+        signal=exit_.signal,
+        oom_killed=oom_killed,
+        finished_at_ns=exit_.time_ns,
+        sandbox=None,
+    )
+    removing = record.spec.auto_remove
+    if removing:
+        engine.cleaning[live.id] = live
+        engine.forget(live)
+    unmount(engine, live)
+    for execution in live.executions.values():
+        execution.ended.set()
+    with trio.move_on_after(REPORT_WITHIN_S):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_store, engine, live, removing)
+            nursery.start_soon(_release, engine, live, removing)
+    _tell_died(engine, live, exit_, record.started_at_ns)
+    if removing:
+        engine.publish(contract.ContainerDestroyed, live.record)
+    live.exited.set()
+    if removing:
+        live.removed.set()
+    await take_down(engine, live, ran=True)
+    if removing:
+        await step(engine, live, "log", lambda: engine.bus.call(logd.REMOVE, logd.RemoveLog(container_id=live.id)))
+        engine.cleaning.pop(live.id, None)
+    live.clean.set()
+
+
+async def _store(engine: Engine, live: Live, removing: bool) -> None:
+    if removing:
+        await engine.store.delete(live.id)
+    else:
+        await engine.store.update(live.record)
+
+
+def _tell_died(engine: Engine, live: Live, exit_: Exit, started_at_ns: int) -> None:
+    run_time_ns = max(0, exit_.time_ns - started_at_ns)
+    extra = {"exitCode": str(exit_.code), "execDuration": str(run_time_ns // 10**9)}
+    if exit_.signal:
+        extra["signal"] = str(exit_.signal)
+    fields = {
+        "exit_code": exit_.code,
+        "signal": exit_.signal,
+        "oom_killed": live.record.oom_killed,
+        "run_time_ns": run_time_ns,
+    }
+    engine.publish(contract.ContainerDied, live.record, fields, **extra)
+
+
+def unmount(engine: Engine, live: Live) -> None:
+    if live.mounted:
+        try:
+            kernel.unmount(str(engine.bundle(live.id) / "rootfs"))
+            live.mounted = False
+        except KernelError as error:
+            engine.undone("unmount", live.id, error)
+
+
+async def _release(engine: Engine, live: Live, removing: bool) -> None:
+    """Give back what others hold for the run; with ``removing`` for the container."""
+    steps: list[tuple[str, Step]] = []
+    if not live.record.spec.network.startswith("container:"):
+        request = netd.DetachContainer(container_id=live.id)
+        steps.append(("network", lambda: engine.bus.call(netd.DETACH, request, timeout_s=SERVICE_TIMEOUT_S)))
+    if removing:
+        steps += removal_steps(engine, live, volumes=True)
+    # the tasks outlive this scope: a service that is away mustn't hold up the report, nor be forgotten
+    left = len(steps)
+    finished = trio.Event()
+    if not steps:
+        return
+
+    async def run(name: str, action: Step) -> None:
+        nonlocal left
+        await step(engine, live, name, action)
+        left -= 1
+        if not left:
+            finished.set()
+
+    for name, action in steps:
+        engine.nursery.start_soon(run, name, action)
+    await finished.wait()
+
+
+def removal_steps(engine: Engine, live: Live, *, volumes: bool) -> list[tuple[str, Step]]:
+    """What gives back a container's snapshot and volumes for good; the root must be unmounted."""
+    release = imaged.ReleaseSnapshot(container_id=live.id)
+    steps: list[tuple[str, Step]] = [
+        ("snapshot", lambda: engine.bus.call(imaged.RELEASE, release, timeout_s=SERVICE_TIMEOUT_S))
+    ]
+    if live.record.attached_volumes:
+        detach = volumed.DetachVolumes(container_id=live.id, remove_anonymous=volumes)
+        steps.append(("volumes", lambda: engine.bus.call(volumed.DETACH, detach, timeout_s=SERVICE_TIMEOUT_S)))
+    return steps
+
+
+async def step(engine: Engine, live: Live, name: str, action: Step) -> None:
+    """Do one step of a clean-up; a failure is logged and the others go on."""
+    try:
+        await action()
+    except (errors.BusError, OSError) as error:
+        engine.undone(name, live.id, error)
+
+
+async def take_down(engine: Engine, live: Live, *, ran: bool) -> None:
+    """Everything of a run that's still there: runtime state, cgroup, shim, bundle; of a failed start also root and network."""
+    await step(engine, live, "runtime", lambda: _delete(engine, live))
+    if not ran:
+        unmount(engine, live)
+        await _release(engine, live, removing=False)
+    elif live.log_opened:
+        await _drain(engine, live)
+    if live.shim is not None:
+        await live.shim.end()
+        live.shim = None
+    await step(engine, live, "bundle", lambda: _remove_bundle(engine, live))
+
+
+async def _drain(engine: Engine, live: Live) -> None:
+    """Wait until logd has everything; the shim's copies of the streams are what a restarted logd would get."""
+    request = logd.WaitDrained(container_id=live.id, run=live.record.run)
+    async with trio.open_nursery() as nursery:
+
+        async def hurried() -> None:
+            await live.hurry.wait()
+            await trio.sleep(2)
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(hurried)
+        with trio.move_on_after(DRAIN_TIMEOUT_S):
+            await step(engine, live, "log", lambda: engine.bus.call(logd.WAIT_DRAINED, request))
+        nursery.cancel_scope.cancel()
+
+
+async def _remove_bundle(engine: Engine, live: Live) -> None:
+    bundles.remove(engine.bundle(live.id))
+    live.mounted = False
+
+
+async def _delete(engine: Engine, live: Live) -> None:
+    """The runtime's state and the cgroup."""
+    runtime = engine.runtimes.get(live.record.runtime)
+    if runtime is not None:
+        await delete_runtime_state(engine, live, runtime)
+    await remove_cgroup(live.record.cgroup)
+
+
+async def delete_runtime_state(engine: Engine, live: Live, runtime: Runtime) -> None:
+    if not (Path(runtime.root) / live.id).exists():
+        return
+    if live.shim is not None and live.shim.is_open:
+        try:
+            await live.shim.run(runtime.delete(live.id))
+        except errors.Unavailable:
+            pass
+    if (Path(runtime.root) / live.id).exists():
+        await delete_without_shim(runtime, live.id)
+
+
+async def delete_without_shim(runtime: Runtime, container_id: str) -> None:
+    """``delete --force`` from here; what even that leaves of the state directory is removed."""
+    argv = [runtime.path, "--root", runtime.root, "delete", "--force", container_id]
+    try:
+        with trio.move_on_after(30):
+            await trio.run_process(argv, check=False, capture_stdout=True, capture_stderr=True)
+    except OSError as error:
+        if error.errno != errno.ENOENT:
+            raise
+    shutil.rmtree(Path(runtime.root) / container_id, ignore_errors=True)
+
+
+async def remove_cgroup(path: str) -> None:
+    """Kill what is in a cgroup and remove it. Its processes need a moment to be gone, hence the few attempts."""
+    pause = 0.001
+    while kernel.cgroup_directories(path):
+        kernel.kill_cgroup(path)
+        if kernel.remove_cgroup(path) or pause > 1:
+            return
+        await trio.sleep(pause)
+        pause *= 2
+
+
+async def shim_lost(engine: Engine, live: Live) -> None:
+    """A shim's connection has ended unasked: it was killed. Its exit file may still tell; else the container is ended for good."""
+    await live.spawned.wait()
+    if not live.running:
+        return
+    engine.log.error("shim is gone", container=live.id)
+    exit_ = saved_exit(engine, live)
+    if exit_ is None:
+        runtime = engine.runtimes.get(live.record.runtime)
+        if runtime is not None:
+            await delete_without_shim(runtime, live.id)
+        await remove_cgroup(live.record.cgroup)
+        exit_ = Exit("", LOST_EXIT_CODE, 9, time.time_ns())
+        live.record = msgspec.structs.replace(live.record, error="its shim was killed")
+    await ended(engine, live, exit_)
+
+
+def saved_exit(engine: Engine, live: Live) -> Exit | None:
+    """What a shim wrote before it went."""
+    try:
+        found = read_exit((engine.bundle(live.id) / EXIT_NAME).read_bytes())
+    except OSError:
+        return None
+    return Exit("", *found) if found else None

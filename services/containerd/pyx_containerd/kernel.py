@@ -1,0 +1,274 @@
+"""The only door to mounts, cgroups and files inside a container's root.
+
+Everything here is synchronous and short (well under a millisecond), so the service calls it inline. Errors come out as
+``KernelError`` with the call, the path and the errno's text.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import KernelError
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
+MS_NOATIME, MS_BIND, MS_REC, MS_PRIVATE, MS_RELATIME = 1024, 4096, 16384, 1 << 18, 1 << 21
+MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
+_SYS_OPENAT2 = 437
+_RESOLVE_NO_MAGICLINKS, _RESOLVE_IN_ROOT = 0x02, 0x10
+_FLAGS = {
+    "ro": MS_RDONLY,
+    "rw": 0,
+    "nosuid": MS_NOSUID,
+    "nodev": MS_NODEV,
+    "noexec": MS_NOEXEC,
+    "noatime": MS_NOATIME,
+    "relatime": MS_RELATIME,
+    "bind": MS_BIND,
+    "rbind": MS_BIND | MS_REC,
+    "defaults": 0,
+}
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+
+
+def _check(result: int, call: str, path: str) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise KernelError(number, call, path)
+    return result
+
+
+def mount(type_: str, source: str, target: str, options: list[str]) -> None:
+    """mount(2) with options as mount(8) takes them; what isn't a flag goes to the file system as data."""
+    flags = 0
+    data: list[str] = []
+    for option in options:
+        if option in _FLAGS:
+            flags |= _FLAGS[option]
+        else:
+            data.append(option)
+    text = ",".join(data).encode()
+    kind = type_.encode() if not flags & MS_BIND else None
+    result = _libc.mount(source.encode(), os.fsencode(target), kind, ctypes.c_ulong(flags), text or None)
+    _check(result, "mount", target)
+    if flags & MS_BIND and flags & MS_RDONLY:  # a bind takes its own flags only in a second step
+        again = ctypes.c_ulong(flags | MS_REMOUNT)
+        if _libc.mount(None, os.fsencode(target), None, again, None) < 0:
+            number = ctypes.get_errno()
+            unmount(target)
+            raise KernelError(number, "remount", target)
+
+
+def unmount(target: str) -> None:
+    """Take everything mounted on ``target`` off, busy or not. Nothing mounted there is fine."""
+    while True:
+        if _libc.umount2(os.fsencode(target), MNT_DETACH | UMOUNT_NOFOLLOW) < 0:
+            number = ctypes.get_errno()
+            if number in (errno.EINVAL, errno.ENOENT):
+                return
+            raise KernelError(number, "umount", target)
+
+
+def mounts_under(directory: str) -> list[str]:
+    """Mount points below ``directory``, deepest first (proc_pid_mountinfo(5))."""
+    prefix = directory.rstrip("/") + "/"
+    found = []
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+        point = line.split(b" ", 5)[4].decode("unicode_escape").encode("latin-1").decode(errors="surrogateescape")
+        if point.startswith(prefix):
+            found.append(point)
+    return sorted(found, key=len, reverse=True)
+
+
+def open_in_root(root: int, path: str, flags: int = os.O_RDONLY, mode: int = 0) -> int:
+    """Open ``path`` as a process whose root directory is ``root`` would: no link leads out of it (openat2, RESOLVE_IN_ROOT)."""
+    how = struct.pack("QQQ", flags | os.O_CLOEXEC, mode, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
+    fd = _libc.syscall(_SYS_OPENAT2, root, os.fsencode(path), how, len(how))
+    return _check(fd, "open", path)
+
+
+def read_in_root(root: int, path: str, limit_bytes: int = 1 << 20) -> bytes:
+    """A regular file's content inside a root; empty if there's none. Never blocks on a pipe or device an image put there."""
+    try:
+        fd = open_in_root(root, path, os.O_RDONLY | os.O_NONBLOCK)
+    except KernelError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.ENXIO):
+            return b""
+        raise
+    try:
+        if os.fstat(fd).st_mode & 0o170000 != 0o100000:
+            return b""
+        parts = []
+        left = limit_bytes
+        while left > 0 and (data := os.read(fd, min(left, 65536))):
+            parts.append(data)
+            left -= len(data)
+        return b"".join(parts)
+    finally:
+        os.close(fd)
+
+
+def make_directories_in_root(root: int, path: str, uid: int = 0, gid: int = 0) -> None:
+    """mkdir -p inside a root; new directories belong to ``uid``:``gid``. KernelError ENOTDIR if something else is in the way."""
+    current = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)
+    walked = ""
+    try:
+        for part in [part for part in path.split("/") if part and part != "."]:
+            walked += "/" + part
+            try:
+                following = open_in_root(root, walked, os.O_PATH | os.O_DIRECTORY)
+            except KernelError as error:
+                if error.errno != errno.ENOENT:
+                    raise
+                try:
+                    os.mkdir(part, 0o755, dir_fd=current)
+                    os.chown(part, uid, gid, dir_fd=current, follow_symlinks=False)
+                except OSError as failure:  # a dangling link, most likely
+                    raise KernelError(failure.errno or 0, "mkdir", walked) from None
+                following = open_in_root(root, walked, os.O_PATH | os.O_DIRECTORY)
+            os.close(current)
+            current = following
+    finally:
+        os.close(current)
+
+
+def find_executable(root: int, path: str) -> str:
+    """Whether ``path`` inside a root can be executed: "" if so, else "missing", "directory" or "denied"."""
+    try:
+        fd = open_in_root(root, path, os.O_PATH)
+    except KernelError as error:
+        return "denied" if error.errno in (errno.EACCES, errno.ELOOP) else "missing"
+    try:
+        mode = os.fstat(fd).st_mode
+    finally:
+        os.close(fd)
+    if mode & 0o170000 == 0o040000:
+        return "directory"
+    if mode & 0o170000 != 0o100000 or not mode & 0o111:
+        return "denied"
+    return ""
+
+
+# cgroups ----------------------------------------------------------------------------------------------------------------
+
+
+def cgroup_mode(root: Path = CGROUP_ROOT) -> str:
+    """``v2``, ``v1``, or ``hybrid`` (v1 controllers with a v2 tree beside them)."""
+    if (root / "cgroup.controllers").exists():
+        return "v2"
+    if (root / "unified" / "cgroup.procs").exists():
+        return "hybrid"
+    return "v1"
+
+
+def hierarchies(root: Path = CGROUP_ROOT) -> Iterator[Path]:
+    """The roots of the mounted hierarchies, each once (cpu and cpu,cpuacct are one under two names)."""
+    if (root / "cgroup.controllers").exists():
+        yield root
+        return
+    seen: set[int] = set()
+    try:
+        names = sorted(os.listdir(root))
+    except FileNotFoundError:
+        return
+    for name in names:
+        path = root / name
+        if (path / "cgroup.procs").exists():
+            device = path.stat().st_dev
+            if device not in seen:
+                seen.add(device)
+                yield path
+
+
+def cgroup_directories(path: str) -> list[Path]:
+    """Where the cgroup ``path`` exists, over all hierarchies."""
+    return [place for root in hierarchies() if (place := root / path.lstrip("/")).is_dir()]
+
+
+def cgroup_processes(path: str) -> list[int]:
+    """PIDs in a cgroup (its own, not those of cgroups below), from the first hierarchy that knows it."""
+    for place in cgroup_directories(path):
+        try:
+            return [int(line) for line in (place / "cgroup.procs").read_text().split()]
+        except OSError:
+            continue
+    return []
+
+
+def kill_cgroup(path: str) -> int:
+    """SIGKILL to every process of a cgroup. How many there were."""
+    for place in cgroup_directories(path):
+        killer = place / "cgroup.kill"
+        if killer.exists():
+            try:
+                killer.write_text("1")
+            except OSError:
+                pass
+    processes = cgroup_processes(path)
+    for pid in processes:
+        try:
+            os.kill(pid, 9)
+        except ProcessLookupError:
+            pass
+    return len(processes)
+
+
+def remove_cgroup(path: str) -> bool:
+    """Remove an empty cgroup and those below it in every hierarchy. False if a process is still in one."""
+    gone = True
+    for place in cgroup_directories(path):
+        for directory, _, _ in os.walk(place, topdown=False):
+            try:
+                os.rmdir(directory)
+            except FileNotFoundError:
+                pass
+            except OSError:
+                gone = False
+    return gone
+
+
+def oom_kills(path: str) -> int:
+    """How many processes of the cgroup the kernel's OOM killer ended (v2 memory.events, v1 memory.oom_control)."""
+    relative = path.lstrip("/")
+    for candidate in (CGROUP_ROOT / relative / "memory.events", CGROUP_ROOT / "memory" / relative / "memory.oom_control"):
+        try:
+            lines = candidate.read_text().splitlines()
+        except OSError:
+            continue
+        for line in lines:
+            name, _, value = line.partition(" ")
+            if name == "oom_kill":
+                return int(value)
+    return 0
+
+
+def warm_path(parent: str) -> str:
+    """Make ``<parent>/warm`` in one hierarchy and return its cgroup.procs: the target of a shim's WARM. "" if it can't be made.
+
+    Which hierarchy doesn't matter: the lock that is to be warmed is one for all of them.
+    """
+    for root in hierarchies():
+        if root.name == "cpuset":
+            continue  # refuses processes until its cpus are set
+        place = root / parent.lstrip("/") / "warm"
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        return str(place / "cgroup.procs")
+    return ""
+
+
+def process_start(pid: int) -> int:
+    """A process's start time in clock ticks since boot (proc_pid_stat(5), field 22), 0 if there's no such process."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return 0
+    return int(stat.rsplit(b") ", 1)[1].split()[19])

@@ -1,0 +1,146 @@
+"""What a container is: its record, its states, and the one table that says which state follows which.
+
+Pure. Invariants: a record's state changes only through ``next_state``; ``pid`` is non-zero exactly in running and paused;
+``run`` counts the starts and names one run in talks with logd.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from typing import NewType
+
+import msgspec
+
+from pyx_bus.contract.containerd import ContainerSpec
+from pyx_bus.contract.imaged import ImageConfig, Mount
+from pyx_bus.contract.netd import Sandbox
+from pyx_bus.contract.volumed import MountPoint
+
+ContainerID = NewType("ContainerID", str)
+
+
+class State(enum.StrEnum):
+    """Docker's states."""
+
+    CREATED = "created"
+    RUNNING = "running"
+    PAUSED = "paused"
+    RESTARTING = "restarting"
+    REMOVING = "removing"
+    EXITED = "exited"
+    DEAD = "dead"
+
+
+class Change(enum.StrEnum):
+    """What can happen to a container."""
+
+    START = "start"
+    START_FAILED = "start failed"
+    EXIT = "exit"
+    PAUSE = "pause"
+    UNPAUSE = "unpause"
+    RETRY = "restart policy"
+    GIVE_UP = "stop while waiting"
+    REMOVE = "remove"
+    REMOVE_FAILED = "removal failed"
+
+
+TRANSITIONS: dict[tuple[State, Change], State] = {
+    (State.CREATED, Change.START): State.RUNNING,
+    (State.CREATED, Change.START_FAILED): State.CREATED,
+    (State.CREATED, Change.REMOVE): State.REMOVING,
+    (State.RUNNING, Change.EXIT): State.EXITED,
+    (State.RUNNING, Change.PAUSE): State.PAUSED,
+    (State.RUNNING, Change.RETRY): State.RESTARTING,
+    (State.PAUSED, Change.UNPAUSE): State.RUNNING,
+    (State.PAUSED, Change.EXIT): State.EXITED,
+    (State.RESTARTING, Change.START): State.RUNNING,
+    (State.RESTARTING, Change.START_FAILED): State.EXITED,
+    (State.RESTARTING, Change.GIVE_UP): State.EXITED,
+    (State.RESTARTING, Change.REMOVE): State.REMOVING,
+    (State.EXITED, Change.START): State.RUNNING,
+    (State.EXITED, Change.START_FAILED): State.EXITED,
+    (State.EXITED, Change.REMOVE): State.REMOVING,
+    (State.REMOVING, Change.REMOVE): State.REMOVING,
+    (State.REMOVING, Change.REMOVE_FAILED): State.DEAD,
+    (State.DEAD, Change.REMOVE): State.REMOVING,
+}
+
+
+class TransitionError(Exception):
+    """A change the table doesn't have."""
+
+
+def next_state(state: State, change: Change) -> State:
+    """The state after ``change``; ``TransitionError`` if it can't happen in ``state``."""
+    try:
+        return TRANSITIONS[state, change]
+    except KeyError:
+        raise TransitionError(f"a container that is {state} has no change {change!r}") from None
+
+
+def diagram() -> str:
+    """The table as a Mermaid state diagram; docs/state-machine.md is made of it and a test compares them."""
+    lines = ["stateDiagram-v2", "    [*] --> created: create"]
+    lines += [f"    {state} --> {after}: {change}" for (state, change), after in TRANSITIONS.items() if state != after]
+    lines.append("    removing --> [*]")
+    return "\n".join(lines) + "\n"
+
+
+class Process(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What is run: the spec merged with the image's config. ``user`` is still text, resolved in the root at start."""
+
+    args: list[str]
+    env: list[str]
+    working_dir: str
+    user: str
+    stop_signal: int
+
+
+class Container(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A container's record, as kept on disk. Frozen: a change makes a new one.
+
+    ``exit_code`` and ``finished_at_ns`` are the last run's. ``error`` is why the last start failed. ``attached_volumes`` and
+    ``sandbox`` are what volumed and netd gave; ``sandbox`` only while it runs. ``cgroup`` is the path below every hierarchy.
+    """
+
+    id: str
+    name: str
+    spec: ContainerSpec
+    image: ImageConfig
+    process: Process
+    created_at_ns: int
+    hostname: str
+    labels: dict[str, str] = {}
+    exposed_ports: list[str] = []
+    rootfs_mounts: list[Mount] = []
+    writable_path: str = ""
+    snapshotter: str = ""
+    state: State = State.CREATED
+    pid: int = 0
+    run: int = 0
+    exit_code: int = 0
+    signal: int = 0
+    oom_killed: bool = False
+    error: str = ""
+    started_at_ns: int = 0
+    finished_at_ns: int = 0
+    attached_volumes: list[MountPoint] = []
+    sandbox: Sandbox | None = None
+    log_path: str = ""
+    runtime: str = ""
+    cgroup: str = ""
+    restart_count: int = 0
+
+
+def resolve(reference: str, ids: Mapping[str, object], names: Mapping[str, str]) -> list[str]:
+    """IDs a reference may mean: an ID, a name (with or without its slash), then every ID it is a prefix of."""
+    if reference in ids:
+        return [reference]
+    name = reference.removeprefix("/")
+    if name in names:
+        return [names[name]]
+    if not reference:
+        return []
+    return [id_ for id_ in ids if id_.startswith(reference)]

@@ -1,0 +1,228 @@
+"""After a start of the service: finding the containers again, and cleaning up what a crash left half-made.
+
+What may be there, and what becomes of it:
+
+- a running row whose shim answers: taken up again; if it has exited meanwhile, the shim knows how;
+- a running row without a shim: the shim was killed, or the host was started anew. Its exit file may tell; else exit code 255, as
+  Docker's, after whatever still runs of it was killed;
+- a created or exited row whose shim answers: the crash fell between the start and its commit, or into the clean-up of a run: a
+  running one is taken up, an ended one cleaned up;
+- a bundle, cgroup or runtime state of an unknown ID: removed. The start was never acknowledged, or the removal was.
+
+Then, and whenever one of them comes up again, the other services are told which IDs live, and logd gets the streams again.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import trio
+
+from pyx_bus import errors
+from pyx_bus.contract import imaged, logd, netd, volumed
+from pyx_bus.contract.base import Method, Released, Retain
+from pyx_bus.contract.bus import ServiceUp
+
+from . import bundle as bundles
+from . import end, kernel, start
+from .engine import Engine, Live
+from .errors import KernelError
+from .model import Change, Container, State
+from .shims import Exit, Shim
+
+UNKNOWN_EXIT_CODE = 255
+RETRY_S = 1.0
+
+
+async def recover(engine: Engine) -> None:
+    """Before the service registers: every container in memory, in the state it is in."""
+    for record in engine.store.load():
+        if record.state is State.REMOVING:  # the row goes last but one: make it so
+            await engine.store.delete(record.id)
+            continue
+        live = Live(record)
+        engine.containers[record.id] = live
+        engine.names[record.name] = record.id
+    present = {entry.name for entry in os.scandir(engine.bundles)} if engine.bundles.exists() else set()
+    async with trio.open_nursery() as nursery:
+        for live in list(engine.containers.values()):
+            nursery.start_soon(_take_up, engine, live, live.id in present)
+        for container_id in present - engine.containers.keys():
+            nursery.start_soon(_discard, engine, container_id)
+    _remove_stray_cgroups(engine)
+
+
+async def _take_up(engine: Engine, live: Live, has_bundle: bool) -> None:
+    record = live.record
+    was_running = record.state in (State.RUNNING, State.PAUSED)
+    shim = _connect(engine, live) if has_bundle else None
+    if shim is not None:
+        live.shim = shim
+        live.mounted = True
+        live.log_opened = True
+        engine.nursery.start_soon(start.serve_shim, engine, live, shim)
+        try:
+            state = await shim.state()
+        except errors.BusError:
+            state = None
+        if state is not None and state.phase == "running":
+            _mark_running(engine, live, state.init_pid, record)
+            return
+        if state is not None and state.phase == "exited" and was_running:
+            _mark_running(engine, live, state.init_pid, record)
+            engine.nursery.start_soon(end.ended, engine, live, state.exit)
+            return
+        live.shim = shim if shim.is_open else None
+    if was_running:
+        live.exited, live.clean = trio.Event(), trio.Event()
+        live.mounted = has_bundle
+        exit_ = end.saved_exit(engine, live)
+        if exit_ is None:
+            await _kill_leftovers(engine, live)
+            exit_ = Exit("", UNKNOWN_EXIT_CODE, 0, time.time_ns())
+        engine.nursery.start_soon(end.ended, engine, live, exit_)
+    elif has_bundle or shim is not None:
+        live.clean = trio.Event()
+        engine.nursery.start_soon(_clean, engine, live)
+
+
+def _connect(engine: Engine, live: Live) -> Shim | None:
+    try:
+        return Shim.connect(engine.bundle(live.id))
+    except OSError:
+        return None
+
+
+def _mark_running(engine: Engine, live: Live, pid: int, record: Container) -> None:
+    live.exited, live.clean = trio.Event(), trio.Event()
+    if record.state in (State.RUNNING, State.PAUSED):
+        return
+    engine.change(live, Change.START, pid=pid, started_at_ns=record.started_at_ns or time.time_ns(), error="")
+    engine.nursery.start_soon(engine.store.update, live.record)
+
+
+async def _clean(engine: Engine, live: Live) -> None:
+    await end.take_down(engine, live, ran=True)
+    live.clean.set()
+
+
+async def _kill_leftovers(engine: Engine, live: Live) -> None:
+    runtime = engine.runtimes.get(live.record.runtime)
+    if runtime is not None and (Path(runtime.root) / live.id).exists():
+        await end.delete_without_shim(runtime, live.id)
+    await end.remove_cgroup(live.record.cgroup)
+
+
+async def _discard(engine: Engine, container_id: str) -> None:
+    """Everything of a container nobody knows."""
+    engine.log.info("removing what was left of an unknown container", container=container_id)
+    bundle = engine.bundle(container_id)
+    try:
+        shim: Shim | None = Shim.connect(bundle)
+    except OSError:
+        shim = None
+    for runtime in engine.runtimes.values():
+        if (Path(runtime.root) / container_id).exists():
+            await end.delete_without_shim(runtime, container_id)
+    await end.remove_cgroup(f"{engine.cgroup_parent}/{container_id}")
+    if shim is not None:
+        nursery_connection = shim
+
+        async def nothing(*_: object) -> None:
+            return
+
+        engine.nursery.start_soon(nursery_connection.serve, nothing, nothing)
+        try:
+            await shim.end()
+        except errors.BusError as error:
+            engine.undone("shim", container_id, error)
+    try:
+        bundles.remove(bundle)
+    except (KernelError, OSError) as error:
+        engine.undone("bundle", container_id, error)
+
+
+def _remove_stray_cgroups(engine: Engine) -> None:
+    for parent in kernel.cgroup_directories(engine.cgroup_parent):
+        for entry in os.scandir(parent):
+            if entry.is_dir() and entry.name not in engine.containers and entry.name != "warm":
+                path = f"{engine.cgroup_parent}/{entry.name}"
+                kernel.kill_cgroup(path)
+                kernel.remove_cgroup(path)
+
+
+# the other services -----------------------------------------------------------------------------------------------------
+
+
+def _holders(engine: Engine) -> dict[str, tuple[Method[Retain, Released], Callable[[], list[str]]]]:
+    """Who holds what, and for which IDs it still should."""
+
+    def everybody() -> list[str]:
+        return [*engine.containers, *engine.cleaning, *engine.creating]
+
+    def with_network() -> list[str]:
+        # a sandbox belongs to a run; one that's being started has its lock held, and its holding is newer than ``before_ns`` or wanted
+        return [id_ for id_, live in engine.containers.items() if live.running or live.lock.locked()] + list(engine.creating)
+
+    return {
+        "imaged": (imaged.RETAIN, everybody),
+        "netd": (netd.RETAIN, with_network),
+        "volumed": (volumed.RETAIN, everybody),
+        "logd": (logd.RETAIN, everybody),
+    }
+
+
+async def keep_told(engine: Engine) -> None:
+    """As long as the service runs: tell each holder at our start and whenever it comes up."""
+    for name in _holders(engine):
+        engine.nursery.start_soon(_tell, engine, name)
+    while True:
+        try:
+            async with engine.bus.events(ServiceUp.topic) as events:
+                async for event in events:
+                    name = str(event.payload.get("id", ""))
+                    if name in _holders(engine):
+                        engine.nursery.start_soon(_tell, engine, name)
+        except errors.BusError as error:
+            engine.log.warning("subscription to service events ended", error=error.message)
+            await trio.sleep(RETRY_S)
+
+
+async def _tell(engine: Engine, name: str) -> None:
+    method, living = _holders(engine)[name]
+    try:
+        request = Retain(container_ids=living(), before_ns=time.time_ns())
+        released = await engine.bus.call(method, request, timeout_s=60)
+        if released.container_ids:
+            engine.log.info("leftovers released", holder=name, containers=released.container_ids)
+        if name == "logd":
+            await _reopen_logs(engine)
+    except errors.BusError as error:  # it will come up, and be told then
+        engine.log.info("a holder can't be told what lives", holder=name, error=error.message)
+
+
+async def _reopen_logs(engine: Engine) -> None:
+    """Give a new logd the streams of everything that runs, or still has output on its way."""
+    for live in [*engine.containers.values(), *engine.cleaning.values()]:
+        shim = live.shim
+        if shim is None or not shim.is_open or not live.spawned.is_set():
+            continue
+        if live.running or not live.clean.is_set():
+            try:
+                held = await shim.descriptors()
+            except errors.BusError as error:
+                engine.undone("streams", live.id, error)
+                continue
+            try:
+                streams = {key: fd for key, fd in held.items() if key != "stdin"}
+                if streams:
+                    await start.open_log(engine, live, streams)
+            except errors.BusError as error:
+                engine.log.error("logd refuses a running container's streams", container=live.id, error=error.message)
+            finally:
+                for fd in held.values():
+                    os.close(fd)
+

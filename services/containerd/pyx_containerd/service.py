@@ -1,0 +1,403 @@
+"""The use cases but for the start, the end and exec, which have modules of their own: create, run, stop, kill, wait, remove, ..."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Sequence
+
+import msgspec
+import trio
+
+from pyx_bus import errors
+from pyx_bus.contract import containerd as contract
+from pyx_bus.contract import imaged, logd, netd, volumed
+
+from . import bundle as bundles
+from . import end, kernel, names, plan, start
+from .drivers.runtime import parse_failure
+from .engine import SERVICE_TIMEOUT_S, Engine, Live, Progress
+from .errors import KernelError, is_paused, name_taken, not_running, start_failed
+from .model import Change, Container, State
+from .shim import set_window_size
+
+DEFAULT_STOP_TIMEOUT_S = 10
+KILL_TIMEOUT_S = 30.0  # after SIGKILL: a process in uninterruptible sleep may take its time
+
+Created = Callable[[Live], Awaitable[None]]
+
+
+async def create(engine: Engine, spec: contract.ContainerSpec, progress: Progress, *, to_start: bool = False) -> Live:
+    """Make a container. Row, snapshot and volumes exist afterwards; with ``to_start`` its network, too (asked for at the same time
+    as the snapshot), and the root stays mounted. Cancelled or failed, it leaves nothing. Errors: see ``contract.CreateContainer``.
+    """
+    plan.check(spec, engine.cpus)
+    if spec.runtime:
+        await engine.runtime(spec.runtime)
+    container_id = os.urandom(32).hex()
+    name = spec.name or names.random_name(secrets.randbelow, engine.names)
+    engine.reserve_name(name, container_id)
+    engine.creating.add(container_id)
+    hostname = hostname_of(spec, container_id)
+    sandboxes: list[netd.Sandbox] = []
+    live: Live | None = None
+    try:
+
+        async def attach_network() -> None:
+            sandboxes.append(await start.request_network(engine, container_id, spec, hostname, []))
+
+        try:
+            async with trio.open_nursery() as nursery:
+                if to_start and not spec.publish_all_ports:
+                    nursery.start_soon(attach_network)
+                snapshot = await prepare(engine, container_id, spec, progress)
+        except* errors.BusError as group:
+            raise start.first_error(group) from None
+        if not to_start:
+            await _check_network(engine, spec)
+        record = _record(engine, spec, snapshot, container_id, name, hostname)
+        if sandboxes:
+            record = msgspec.structs.replace(record, sandbox=sandboxes[0])
+        live = Live(record)
+        wanted = plan.mounts(spec, snapshot.image)
+        if wanted:
+            bundles.mount_root(record, engine.bundle(container_id))
+            live.mounted = True
+            await start.attach_volumes(engine, live, wanted)
+            if not to_start:
+                end.unmount(engine, live)
+                bundles.remove(engine.bundle(container_id))
+        engine.containers[container_id] = live
+        if not to_start:  # run writes its row beside the runtime's start: until it's acknowledged nobody may rely on it
+            await engine.store.insert(live.record)
+    except BaseException as failure:
+        with trio.CancelScope(shield=True):
+            await _uncreate(engine, live, container_id, name, spec, attached=to_start)
+        if isinstance(failure, KernelError):
+            raise start_failed(name, failure.message, 125) from None
+        raise
+    finally:
+        engine.creating.discard(container_id)
+    engine.publish(contract.ContainerCreated, live.record)
+    return live
+
+
+async def _uncreate(
+    engine: Engine, live: Live | None, container_id: str, name: str, spec: contract.ContainerSpec, *, attached: bool
+) -> None:
+    engine.free_name(name, container_id)
+    engine.containers.pop(container_id, None)
+    record = live.record if live else None
+    if live is not None:
+        end.unmount(engine, live)
+    try:
+        bundles.remove(engine.bundle(container_id))
+    except KernelError as error:
+        engine.log.warning("bundle left", container=container_id, error=error.message)
+    calls: list[tuple[str, end.Step]] = [
+        ("snapshot", lambda: engine.bus.call(imaged.RELEASE, imaged.ReleaseSnapshot(container_id=container_id), timeout_s=5))
+    ]
+    if attached and not spec.network.startswith("container:"):
+        calls.append(("network", lambda: engine.bus.call(netd.DETACH, netd.DetachContainer(container_id=container_id), timeout_s=5)))
+    if record is None or spec.mounts or record.attached_volumes:
+        request = volumed.DetachVolumes(container_id=container_id, remove_anonymous=True)
+        if record is not None:
+            calls.append(("volumes", lambda: engine.bus.call(volumed.DETACH, request, timeout_s=5)))
+    for what, call in calls:
+        try:
+            await call()
+        except errors.BusError as error:
+            engine.undone(what, container_id, error)
+
+
+async def prepare(
+    engine: Engine, container_id: str, spec: contract.ContainerSpec, progress: Progress
+) -> imaged.Snapshot:
+    """The snapshot, pulling the image first if the policy says so."""
+    request = imaged.PrepareSnapshot(container_id=container_id, image=spec.image, platform=spec.platform)
+    if spec.pull_policy != "always":
+        try:
+            return await engine.bus.call(imaged.PREPARE, request, timeout_s=SERVICE_TIMEOUT_S)
+        except errors.NotFound:
+            if spec.pull_policy == "never":
+                raise
+            await progress(contract.RunProgress(phase="pull", status=f"Unable to find image '{spec.image}' locally"))
+    pull = imaged.PullImage(reference=spec.image, platform=spec.platform)
+    async with engine.bus.stream(imaged.PULL, pull) as stream:
+        async for item in stream:
+            await progress(
+                contract.RunProgress(
+                    phase="pull",
+                    id=item.id,
+                    status=item.status,
+                    current_bytes=item.current_bytes,
+                    total_bytes=item.total_bytes,
+                )
+            )
+        await stream.result()
+    return await engine.bus.call(imaged.PREPARE, request, timeout_s=SERVICE_TIMEOUT_S)
+
+
+async def _check_network(engine: Engine, spec: contract.ContainerSpec) -> None:
+    kind, _, other = spec.network.partition(":")
+    if kind == "container":
+        engine.find(other)
+    elif spec.network not in ("", "none", "host"):
+        await engine.bus.call(netd.INSPECT, netd.NetworkRef(network=spec.network), timeout_s=SERVICE_TIMEOUT_S)
+
+
+def hostname_of(spec: contract.ContainerSpec, container_id: str) -> str:
+    if spec.hostname:
+        return spec.hostname
+    if spec.network == "host" or spec.uts_mode == "host":
+        return bundles.host_name()
+    return container_id[:12]
+
+
+def _record(
+    engine: Engine, spec: contract.ContainerSpec, snapshot: imaged.Snapshot, container_id: str, name: str, hostname: str
+) -> Container:
+    image = snapshot.image
+    return Container(
+        id=container_id,
+        name=name,
+        spec=spec,
+        image=image,
+        process=plan.process(spec, image, hostname),
+        created_at_ns=time.time_ns(),
+        hostname=hostname,
+        labels={**image.labels, **spec.labels},
+        exposed_ports=plan.exposed_ports(spec, image),
+        rootfs_mounts=snapshot.mounts,
+        writable_path=snapshot.writable_path,
+        snapshotter=snapshot.snapshotter,
+        cgroup=f"{spec.cgroup_parent.rstrip('/') if spec.cgroup_parent else engine.cgroup_parent}/{container_id}",
+    )
+
+
+async def run(
+    engine: Engine, spec: contract.ContainerSpec, attach: contract.AttachOptions, clients: Sequence[int], progress: Progress
+) -> tuple[Live, int]:
+    """Create and start. (the container, the input asked for or -1, which is yours). With auto_remove a failed start removes it."""
+    engine.warm()
+    live = await create(engine, spec, progress, to_start=True)
+    with trio.CancelScope(shield=True):  # from here on it goes on without its caller
+        failures: list[BaseException] = []
+        given = -1
+
+        async def insert() -> None:
+            try:
+                await engine.store.insert(live.record)
+            except errors.BusError as error:
+                failures.append(error)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(insert)
+            try:
+                await progress(contract.RunProgress(phase="created", id=live.id))
+                given = await start.start(engine, live, attach, clients)
+            except BaseException as error:
+                failures.append(error)
+        if failures:
+            if spec.auto_remove and not live.removed.is_set():
+                await remove(engine, live, force=True, volumes=True)
+            raise failures[0]
+    return live, given
+
+
+async def stop(engine: Engine, live: Live, signal: str, timeout_s: int | None) -> None:
+    """Ask, wait, kill. Returns when it has exited."""
+    if not live.running:
+        return
+    number = plan.parse_signal(signal) if signal else live.record.process.stop_signal
+    if timeout_s is None:
+        timeout_s = live.record.spec.stop_timeout_s
+    if timeout_s is None:
+        timeout_s = DEFAULT_STOP_TIMEOUT_S
+    exited = live.exited
+    await _signal(engine, live, number)
+    with trio.move_on_after(float("inf") if timeout_s < 0 else timeout_s):
+        await exited.wait()
+    if not exited.is_set():
+        await _force(engine, live)
+    engine.publish(contract.ContainerStopped, live.record)
+
+
+async def _signal(engine: Engine, live: Live, number: int) -> None:
+    """To init; a paused one is resumed, since it couldn't react otherwise."""
+    if live.shim is None:
+        return
+    try:
+        await live.shim.kill("", number)
+    except ProcessLookupError:
+        return
+    engine.publish(contract.ContainerKilled, live.record, signal=str(number))
+    if live.record.state is State.PAUSED:
+        runtime = await engine.runtime(live.record.runtime)
+        await live.shim.run(runtime.resume(live.id))
+        if live.record.state is State.PAUSED:
+            engine.change(live, Change.UNPAUSE)
+
+
+async def _force(engine: Engine, live: Live) -> None:
+    exited = live.exited
+    await _signal(engine, live, 9)
+    if live.record.spec.pid_mode:
+        kernel.kill_cgroup(live.record.cgroup)  # there's no PID namespace whose end would take the others along
+    with trio.move_on_after(KILL_TIMEOUT_S):
+        await exited.wait()
+    if not exited.is_set():
+        raise errors.Internal(f'container "{live.record.name}" was killed, but its process didn\'t end within {KILL_TIMEOUT_S:g} s')
+
+
+async def kill(engine: Engine, live: Live, signal: str) -> None:
+    number = plan.parse_signal(signal)
+    if not live.running or live.shim is None:
+        raise not_running(live.record.name)
+    await _signal(engine, live, number)
+
+
+async def restart(engine: Engine, live: Live, signal: str, timeout_s: int | None) -> None:
+    await stop(engine, live, signal, timeout_s)
+    fd = await start.start(engine, live, contract.AttachOptions())
+    if fd >= 0:
+        os.close(fd)
+    engine.publish(contract.ContainerRestarted, live.record)
+
+
+async def pause(engine: Engine, live: Live) -> None:
+    if live.record.state is State.PAUSED:
+        raise errors.FailedPrecondition(f'container "{live.record.name}" is already paused')
+    if not live.running or live.shim is None:
+        raise not_running(live.record.name)
+    runtime = await engine.runtime(live.record.runtime)
+    await _runtime_run(engine, live, runtime.pause(live.id))
+    engine.change(live, Change.PAUSE)
+    await engine.store.update(live.record)
+    engine.publish(contract.ContainerPaused, live.record)
+
+
+async def unpause(engine: Engine, live: Live) -> None:
+    if live.record.state is not State.PAUSED or live.shim is None:
+        raise errors.FailedPrecondition(f'container "{live.record.name}" is not paused')
+    runtime = await engine.runtime(live.record.runtime)
+    await _runtime_run(engine, live, runtime.resume(live.id))
+    engine.change(live, Change.UNPAUSE)
+    await engine.store.update(live.record)
+    engine.publish(contract.ContainerUnpaused, live.record)
+
+
+async def _runtime_run(engine: Engine, live: Live, argv: list[str]) -> None:
+    assert live.shim is not None
+    code = await live.shim.run(argv)
+    if code:
+        log = engine.bundle(live.id) / "pause.log"
+        text = log.read_text(errors="replace") if log.exists() else ""
+        raise errors.Internal(f'container "{live.record.name}": {parse_failure(text, code).reason}')
+
+
+async def wait(live: Live, condition: str) -> contract.ExitStatus:
+    """Errors: invalid_argument."""
+    if condition in ("", "not-running"):
+        await live.exited.wait()
+    elif condition == "next-exit":
+        if live.exited.is_set():
+            async with trio.open_nursery() as nursery:
+
+                async def removed() -> None:
+                    await live.removed.wait()
+                    nursery.cancel_scope.cancel()
+
+                nursery.start_soon(removed)
+                await live.begins.wait()
+                nursery.cancel_scope.cancel()
+        await live.exited.wait()
+    elif condition == "removed":
+        await live.removed.wait()
+    else:
+        raise errors.InvalidArgument(f'invalid wait condition: "{condition}" (not-running, next-exit or removed)')
+    return live.exit_status()
+
+
+async def remove(engine: Engine, live: Live, *, force: bool, volumes: bool) -> None:
+    """Errors: conflict (running). What it held is free when this returns; the last leftovers of its run may follow."""
+    if live.running and not force:
+        paused = live.record.state is State.PAUSED
+        what = "paused: unpause it first or force its removal" if paused else "running: stop it first or force its removal"
+        raise errors.Conflict(f'cannot remove container "{live.record.name}": it is {what}')
+    if live.running:
+        await _force(engine, live)
+    if live.removed.is_set() or live.id not in engine.containers:
+        return  # it removed itself
+    async with live.lock:
+        if live.removed.is_set() or live.id not in engine.containers:
+            return
+        if live.running:
+            raise errors.Conflict(f'cannot remove container "{live.record.name}": it was started meanwhile')
+        with trio.CancelScope(shield=True):
+            engine.change(live, Change.REMOVE)
+            engine.cleaning[live.id] = live
+            engine.forget(live)
+            end.unmount(engine, live)
+            await engine.store.delete(live.id)
+            async with trio.open_nursery() as nursery:
+                for name, action in end.removal_steps(engine, live, volumes=volumes):
+                    nursery.start_soon(end.step, engine, live, name, action)
+            engine.publish(contract.ContainerDestroyed, live.record)
+            live.removed.set()
+            engine.nursery.start_soon(_finish_removal, engine, live)
+
+
+async def _finish_removal(engine: Engine, live: Live) -> None:
+    live.hurry.set()
+    await live.clean.wait()
+    request = logd.RemoveLog(container_id=live.id)
+    await end.step(engine, live, "log", lambda: engine.bus.call(logd.REMOVE, request, timeout_s=SERVICE_TIMEOUT_S))
+    engine.cleaning.pop(live.id, None)
+
+
+async def rename(engine: Engine, live: Live, name: str) -> None:
+    """Errors: invalid_argument, already_exists."""
+    name = name.removeprefix("/")
+    plan.check_name(name)
+    async with live.lock:
+        old = live.record.name
+        if engine.names.get(name) == live.id:
+            raise errors.InvalidArgument(f'container "{old}" has this name already')
+        if name in engine.names:
+            raise name_taken(name, engine.names[name])
+        engine.reserve_name(name, live.id)
+        live.record = msgspec.structs.replace(live.record, name=name)
+        try:
+            await engine.store.update(live.record)
+        except BaseException:
+            live.record = msgspec.structs.replace(live.record, name=old)
+            engine.free_name(name, live.id)
+            raise
+        engine.free_name(old, live.id)
+        engine.publish(contract.ContainerRenamed, live.record, oldName=old)
+
+
+async def attach(engine: Engine, live: Live, options: contract.AttachOptions, clients: Sequence[int]) -> int:
+    """Join a running container's output and input. The input asked for (yours), or -1. Errors: failed_precondition."""
+    if live.record.state is State.PAUSED:
+        raise is_paused(live.record.name)
+    connection = live.shim
+    if not live.running or connection is None:
+        raise not_running(live.record.name)
+    if options.output:
+        request = logd.AttachLog(container_id=live.id, stdout=options.stdout, stderr=options.stderr)
+        await engine.bus.call(logd.ATTACH, request, fds=clients, timeout_s=SERVICE_TIMEOUT_S)
+    given = -1
+    if options.stdin:
+        held = await connection.descriptors(take_stdin=live.record.spec.stdin_once)
+        given = held.pop("tty", -1)
+        if given < 0:
+            given = held.pop("stdin", -1)
+        for fd in held.values():
+            os.close(fd)
+        if given >= 0 and live.record.spec.tty and options.rows:
+            set_window_size(given, options.rows, options.columns)
+    engine.publish(contract.ContainerAttached, live.record)
+    return given

@@ -1,0 +1,343 @@
+"""Starting a container: from its record to a running process.
+
+The order, and what runs beside what (the times are of docs/architecture.md):
+
+1. the shim is forked and the root mounted, while netd makes the namespace and, if there are mounts, volumed prepares them;
+2. the bundle's files are written, the runtime runs once (create and start in one execution);
+3. the container runs: it is one in memory at once; the row is written and logd gets the streams at the same time.
+
+logd gets the streams only after the runtime has succeeded. Until then the pipe buffers, and a runtime that fails writes its own
+complaint to what would have been the container's stderr: nobody shall take that for the container's output, the caller gets it as
+the error. Nor can a restarting logd keep a container from starting.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+
+import msgspec
+import trio
+
+from pyx_bus import errors
+from pyx_bus.contract import containerd as contract
+from pyx_bus.contract import logd, netd, volumed
+
+from . import bundle as bundles
+from . import end, kernel, oci, plan, shim
+from .drivers.runtime import LOG_FILE, PID_FILE, Runtime, parse_failure
+from .engine import SERVICE_TIMEOUT_S, Engine, Live
+from .errors import KernelError, is_paused, not_running, start_failed
+from .model import Change, Container, State
+from .shims import Exit, RuntimeFailed, Shim
+
+START_TIMEOUT_S = 120.0
+
+
+class Descriptors:
+    """Descriptors of one start, closed together at its end."""
+
+    def __init__(self) -> None:
+        self._all: list[int] = []
+
+    def own(self, fd: int) -> int:
+        self._all.append(fd)
+        return fd
+
+    def pipe(self) -> tuple[int, int]:
+        reader, writer = os.pipe()
+        return self.own(reader), self.own(writer)
+
+    def close(self) -> None:
+        shim.close_all(self._all)
+
+
+async def start(engine: Engine, live: Live, attach: contract.AttachOptions, clients: Sequence[int] = ()) -> int:
+    """Start a created or exited container. ``clients``: write ends that get its output (they stay yours).
+
+    Returns the input asked for by ``attach`` (stdin's write end or the master; yours), or -1. Once begun it isn't cancelled: it either
+    runs afterwards, or nothing is left of the attempt. Errors: see ``contract.StartContainer``.
+    """
+    engine.warm()
+    async with live.lock:
+        if live.record.state is State.PAUSED:
+            raise is_paused(live.record.name)
+        if live.record.state is State.RUNNING:
+            return -1
+        live.hurry.set()
+        await live.clean.wait()
+        if live.id not in engine.containers:
+            raise errors.NotFound(f'no such container: "{live.record.name}"')
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + START_TIMEOUT_S):
+            return await _start(engine, live, attach, clients)
+        raise start_failed(live.record.name, f"it took longer than {START_TIMEOUT_S:g} s", 125)
+
+
+async def _start(engine: Engine, live: Live, attach: contract.AttachOptions, clients: Sequence[int]) -> int:
+    runtime = await engine.runtime(live.record.runtime or live.record.spec.runtime)
+    fds = Descriptors()
+    live.spawned, live.exited, live.clean, live.hurry = trio.Event(), trio.Event(), trio.Event(), trio.Event()
+    live.log_opened = False
+    began = False
+    live.record = msgspec.structs.replace(live.record, run=live.record.run + 1, runtime=runtime.name)
+    try:
+        await _prepare(engine, live)
+        pid, streams, given = await _spawn(engine, live, runtime, fds, attach)
+        _now_running(engine, live, pid)
+        began = True
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(engine.store.update, live.record)
+                nursery.start_soon(open_log, engine, live, streams, clients)
+        except* errors.BusError as group:
+            # It runs, but its output can't go where it should: better no container than one whose log is silently missing.
+            await _kill(live)
+            raise first_error(group) from None
+        return os.dup(given) if given >= 0 else -1
+    except BaseException as failure:
+        if not began:
+            await _undo(engine, live, failure)
+        if isinstance(failure, KernelError):
+            raise start_failed(live.record.name, failure.message, 125) from None
+        raise
+    finally:
+        live.spawned.set()
+        fds.close()
+
+
+def first_error(group: BaseExceptionGroup[errors.BusError]) -> errors.BusError:
+    for error in group.exceptions:
+        return error if isinstance(error, errors.BusError) else first_error(error)
+    raise AssertionError("an exception group is never empty")
+
+
+async def _prepare(engine: Engine, live: Live) -> None:
+    """Shim, root, network and volumes, at once."""
+    bundle = engine.bundle(live.id)
+    if not live.mounted:
+        bundles.mount_root(live.record, bundle)
+        live.mounted = True
+    live.shim = Shim(engine.zygote.fork(bundle, live.id))
+    engine.nursery.start_soon(serve_shim, engine, live, live.shim)
+    try:
+        async with trio.open_nursery() as nursery:
+            if live.record.sandbox is None:
+                nursery.start_soon(attach_network, engine, live)
+            if live.record.attached_volumes:
+                nursery.start_soon(attach_volumes, engine, live, plan.mounts(live.record.spec, live.record.image))
+    except* errors.BusError as group:
+        raise first_error(group) from None
+
+
+async def attach_network(engine: Engine, live: Live) -> None:
+    """Have netd make the namespace; ``network=container:NAME`` joins another container's."""
+    record = live.record
+    sandbox = await request_network(engine, record.id, record.spec, record.hostname, record.exposed_ports)
+    live.record = msgspec.structs.replace(live.record, sandbox=sandbox)
+
+
+async def request_network(
+    engine: Engine, container_id: str, spec: contract.ContainerSpec, hostname: str, exposed: list[str]
+) -> netd.Sandbox:
+    kind, _, other = spec.network.partition(":")
+    if kind == "container":
+        peer = joined(engine, other)
+        sandbox = peer.record.sandbox or netd.Sandbox()
+        return msgspec.structs.replace(sandbox, netns_path=f"/proc/{peer.record.pid}/ns/net", ports=[])
+    request = netd.AttachContainer(
+        container_id=container_id,
+        network=spec.network or "bridge",
+        ipv4_address=spec.ipv4_address,
+        mac_address=spec.mac_address,
+        hostname=hostname,
+        ports=plan.ports(spec, exposed),
+    )
+    return await engine.bus.call(netd.ATTACH, request, timeout_s=SERVICE_TIMEOUT_S)
+
+
+async def attach_volumes(engine: Engine, live: Live, wanted: list[volumed.MountRequest]) -> None:
+    """Have volumed prepare the mounts; it fills new volumes from the root, which must be mounted."""
+    root = os.open(engine.bundle(live.id) / "rootfs", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        request = volumed.AttachVolumes(container_id=live.id, mounts=wanted)
+        attached = await engine.bus.call(volumed.ATTACH, request, fds=[root], timeout_s=SERVICE_TIMEOUT_S)
+    finally:
+        os.close(root)
+    live.record = msgspec.structs.replace(live.record, attached_volumes=attached.mounts)
+
+
+def joined(engine: Engine, reference: str) -> Live:
+    """The running container whose namespace another one joins. Errors: not_found, failed_precondition."""
+    peer = engine.find(reference)
+    if not peer.running:
+        raise not_running(peer.record.name)
+    return peer
+
+
+def _namespace(engine: Engine, mode: str, name: str) -> str | None:
+    """For ``Surroundings``: "" new, None the host's, else a path."""
+    if mode == "host":
+        return None
+    if mode.startswith("container:"):
+        return f"/proc/{joined(engine, mode.partition(':')[2]).record.pid}/ns/{name}"
+    return ""
+
+
+def _write_bundle(engine: Engine, live: Live, attach: contract.AttachOptions) -> None:
+    record, bundle = live.record, engine.bundle(live.id)
+    sandbox = record.sandbox or netd.Sandbox()
+    rootfs = bundle / "rootfs"
+    root = os.open(rootfs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        identity = bundles.identity(root, record.process.user, record.spec.group_add)
+        if record.process.working_dir != "/":
+            try:
+                kernel.make_directories_in_root(root, record.process.working_dir, identity.uid, identity.gid)
+            except KernelError as error:
+                reason = f'the working directory "{record.process.working_dir}" can\'t be made: {error.message}'
+                raise errors.InvalidArgument(reason, details={"exit_code": "126"}) from None
+    finally:
+        os.close(root)
+    hostname_file, hosts_file, resolv_file = bundles.write_network_files(record, sandbox, bundle)
+    mode = kernel.cgroup_mode()
+    init = ""
+    if record.spec.init:
+        init = bundles.init_binary()
+        if not init:
+            raise errors.Unimplemented("no init for --init found on this host", hint="install tini or catatonit")
+    around = oci.Surroundings(
+        rootfs=str(rootfs),
+        hostname_file=hostname_file,
+        hosts_file=hosts_file,
+        resolv_file=resolv_file,
+        netns=sandbox.netns_path or None,
+        pid_namespace=_namespace(engine, record.spec.pid_mode, "pid"),
+        ipc_namespace=_namespace(engine, record.spec.ipc_mode, "ipc"),
+        uts_namespace=None if record.spec.uts_mode == "host" else "",
+        cgroup_namespace=mode == "v2" and not record.spec.privileged,
+        devices=bundles.devices(record.spec),
+        init_binary=init,
+        rows=attach.rows,
+        columns=attach.columns,
+    )
+    bundles.write_config(bundle, "config.json", oci.config(record, identity, around))
+
+
+async def _spawn(
+    engine: Engine, live: Live, runtime: Runtime, fds: Descriptors, attach: contract.AttachOptions
+) -> tuple[int, dict[str, int], int]:
+    """Run the runtime. (pid, the streams for logd, the input for the client or -1); the descriptors belong to ``fds``."""
+    assert live.shim is not None
+    spec = live.record.spec
+    _write_bundle(engine, live, attach)
+    argv = runtime.run(live.id, tty=spec.tty)
+    try:
+        if spec.tty:
+            pid, master = await live.shim.spawn("", argv, PID_FILE, stdio=None, size=(attach.rows, attach.columns))
+            fds.own(master)
+            return pid, {"tty": master}, master if attach.stdin else -1
+        out_reader, out_writer = fds.pipe()
+        err_reader, err_writer = fds.pipe()
+        kept = {"stdout": out_reader, "stderr": err_reader}
+        given = -1
+        if spec.open_stdin:
+            reader, writer = fds.pipe()
+            given = writer if attach.stdin else -1
+            if not (spec.stdin_once and attach.stdin):  # else the client's close must be the end of input: nobody else holds it
+                kept["stdin"] = writer
+        else:
+            reader = fds.own(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
+        pid, _ = await live.shim.spawn("", argv, PID_FILE, stdio=(reader, out_writer, err_writer), kept=kept)
+        return pid, {"stdout": out_reader, "stderr": err_reader}, given
+    except RuntimeFailed as failed:
+        failure = parse_failure(_read_log(engine, live.id, LOG_FILE), failed.exit_code)
+        raise start_failed(live.record.name, failure.reason, failure.exit_code) from None
+
+
+def _read_log(engine: Engine, container_id: str, name: str) -> str:
+    try:
+        return (engine.bundle(container_id) / name).read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _now_running(engine: Engine, live: Live, pid: int) -> None:
+    change = Change.START
+    engine.change(
+        live, change, pid=pid, started_at_ns=time.time_ns(), finished_at_ns=0, exit_code=0, signal=0, oom_killed=False, error=""
+    )
+    engine.publish(contract.ContainerStarted, live.record)
+    live.spawned.set()
+    live.begins.set()
+    live.begins = trio.Event()
+
+
+async def open_log(engine: Engine, live: Live, streams: dict[str, int], clients: Sequence[int] = ()) -> None:
+    """Give logd the streams. If it's away just now, the pipes wait for it: it gets them when it's back (recovery.py)."""
+    spec = live.record.spec
+    request = logd.OpenLog(
+        container_id=live.id,
+        run=live.record.run,
+        streams=list(streams),
+        attached=len(clients),
+        driver=spec.log_driver or str(engine.context.config.get("log_driver", "json-file")),
+        options=spec.log_options,
+    )
+    try:
+        opened = await engine.bus.call(logd.OPEN, request, fds=[*streams.values(), *clients], timeout_s=SERVICE_TIMEOUT_S)
+    except (errors.Unavailable, errors.DeadlineExceeded) as error:
+        engine.log.warning("logd is away, the output waits in its pipes", container=live.id, error=error.message)
+        return
+    live.log_opened = True
+    if opened.path != live.record.log_path:
+        live.record = msgspec.structs.replace(live.record, log_path=opened.path)
+
+
+async def serve_shim(engine: Engine, live: Live, connection: Shim) -> None:
+    """Read what a shim says, for as long as the connection lives."""
+
+    async def on_exit(exit_: Exit) -> None:
+        if exit_.key:
+            execution = live.executions.get(exit_.key)
+            if execution is not None:
+                execution.exit = exit_
+                execution.ended.set()
+        else:
+            engine.nursery.start_soon(end.ended, engine, live, exit_)
+
+    async def on_lost() -> None:
+        if live.shim is connection:
+            engine.nursery.start_soon(end.shim_lost, engine, live)
+
+    await connection.serve(on_exit, on_lost)
+
+
+async def _kill(live: Live) -> None:
+    if live.shim is not None and live.running:
+        try:
+            await live.shim.kill("", 9)
+        except (ProcessLookupError, errors.BusError):
+            pass
+        await live.exited.wait()
+
+
+async def _undo(engine: Engine, live: Live, failure: BaseException) -> None:
+    """A start failed: take down what it put up, and leave the container as it was, with the reason on record."""
+    message = failure.message if isinstance(failure, errors.BusError) else repr(failure)
+    code = int(failure.details.get("exit_code", "125")) if isinstance(failure, errors.BusError) else 125
+    with trio.CancelScope(shield=True):
+        await end.take_down(engine, live, ran=False)
+        exit_code = 128 if code == 125 else code
+        engine.change(live, Change.START_FAILED, pid=0, error=message, exit_code=exit_code, sandbox=None)
+        try:
+            if live.id in engine.containers:
+                await engine.store.update(live.record)
+        finally:
+            live.exited.set()
+            live.clean.set()
+
+
+def effective(record: Container) -> tuple[str, list[str]]:
+    """Docker's Path and Args."""
+    return record.process.args[0], record.process.args[1:]
