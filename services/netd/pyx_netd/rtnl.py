@@ -11,7 +11,7 @@ import ipaddress
 import struct
 
 NLMSG_ERROR = 2
-RTM_NEWLINK, RTM_SETLINK, RTM_NEWADDR, RTM_NEWROUTE = 16, 19, 20, 24
+RTM_NEWLINK, RTM_GETLINK, RTM_NEWADDR, RTM_NEWROUTE = 16, 18, 20, 24
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_EXCL, NLM_F_CREATE = 0x1, 0x4, 0x200, 0x400
 _NESTED = 0x8000
 _IFF_UP = 1
@@ -52,15 +52,15 @@ def _mac(value: str) -> bytes:
     return bytes.fromhex(value.replace(":", ""))
 
 
-def veth(sequence: int, *, host: str, peer: str, peer_index: int, peer_mac: str, netns_fd: int, master: int, mtu: int) -> bytes:
+def veth(sequence: int, *, host: str, peer: str, peer_mac: str, netns_fd: int, master: int, mtu: int) -> bytes:
     """Create a veth pair in one go: ``host`` up and a port of bridge ``master``, ``peer`` inside the namespace under its final name.
 
     Moving a link between namespaces afterwards would cost an RCU wait of 15-20 ms. The peer is created down: up, veth_open would
-    want a host end that doesn't exist yet (ENOTCONN). ``peer_index`` is its ifindex there, chosen so that it needn't be looked up.
+    want a host end that doesn't exist yet (ENOTCONN). Its interface index is the kernel's choice: one asked for here is ignored.
     """
     mtu_attribute = attribute(_IFLA_MTU, _U32.pack(mtu))
     peer_info = (
-        _ifinfo(peer_index)
+        _ifinfo()
         + attribute(_IFLA_IFNAME, _text(peer))
         + attribute(_IFLA_NET_NS_FD, _U32.pack(netns_fd))
         + attribute(_IFLA_ADDRESS, _mac(peer_mac))
@@ -90,6 +90,18 @@ def hairpin(sequence: int, host: str) -> bytes:
     )
     body = _ifinfo() + attribute(_IFLA_IFNAME, _text(host)) + attribute(_IFLA_LINKINFO, slave, nested=True)
     return _message(RTM_NEWLINK, 0, sequence, body)
+
+
+def get_link(sequence: int, name: str) -> bytes:
+    """Ask for an interface by its name; the answer is an RTM_NEWLINK, and an acknowledgement."""
+    return _message(RTM_GETLINK, 0, sequence, _ifinfo() + attribute(_IFLA_IFNAME, _text(name)))
+
+
+def link_index(data: bytes) -> int:
+    """The interface index in an answer to ``get_link``; 0 if there is none."""
+    if len(data) >= 32 and _HEADER.unpack_from(data)[1] == RTM_NEWLINK:
+        return int(struct.unpack_from("=i", data, 20)[0])
+    return 0
 
 
 def link_up(sequence: int, index: int) -> bytes:

@@ -203,10 +203,9 @@ class BridgeDriver:
 
     def _connect_now(self, namespace: Namespace, attachment: Attachment, ready: _Ready) -> None:
         """About 0.6 ms, more while the kernel holds its rtnl lock for others: runs in a thread."""
-        index = namespace.next_index
         messages = [
             rtnl.veth(
-                1, host=attachment.host_interface, peer=CONTAINER_INTERFACE, peer_index=index, peer_mac=attachment.mac,
+                1, host=attachment.host_interface, peer=CONTAINER_INTERFACE, peer_mac=attachment.mac,
                 netns_fd=namespace.fd, master=ready.bridge_index, mtu=self._network.mtu,
             )
         ]  # fmt: skip
@@ -214,6 +213,7 @@ class BridgeDriver:
             messages.append(rtnl.hairpin(2, attachment.host_interface))
         self._route.run(*messages)
         interface = ipaddress.IPv4Interface(f"{attachment.address}/{ready.gateway.network.prefixlen}")
+        index = namespace.route.link_index(CONTAINER_INTERFACE)
         namespace.route.run(
             rtnl.address(1, index, interface), rtnl.link_up(2, index), rtnl.default_route(3, ready.gateway.ip)
         )

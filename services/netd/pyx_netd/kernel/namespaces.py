@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
 import threading
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -29,13 +28,12 @@ _NO_IPV6 = "/proc/sys/net/ipv6/conf/default/disable_ipv6"
 class Namespace:
     """A namespace held by descriptors: dropped by ``close`` unless ``keep`` gave it a path. lo is up.
 
-    ``inode`` is its number on nsfs, ``next_index`` an interface index that is free in it.
+    ``inode`` is its number on nsfs, ``route`` an rtnetlink socket in it.
     """
 
     fd: int
     inode: int
     route: RouteSocket
-    next_index: int
 
     def close(self) -> None:
         self.route.close()
@@ -88,9 +86,7 @@ def _make_one() -> Namespace:
                 file.write("1")
         except FileNotFoundError:
             pass  # a kernel without IPv6
-        # Tunnel modules put their own interfaces (tunl0, sit0) into every namespace, so 2 may be taken.
-        next_index = max(index for index, _ in socket.if_nameindex()) + 1
-        return Namespace(fd, os.fstat(fd).st_ino, route, next_index)
+        return Namespace(fd, os.fstat(fd).st_ino, route)
     except BaseException:
         route.close()
         os.close(fd)

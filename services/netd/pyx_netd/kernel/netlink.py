@@ -60,6 +60,21 @@ class RouteSocket(NetlinkSocket):
         """Carry out messages, each acknowledged; a failed one doesn't keep the following from being tried."""
         self._exchange(b"".join(messages), len(messages), "rtnetlink")
 
+    def link_index(self, name: str) -> int:
+        """An interface's index in the socket's namespace, whatever the caller's is. Raises OSError (ENODEV)."""
+        index = 0
+        acknowledged = False
+        with self._lock:
+            self._socket.send(rtnl.get_link(1, name))
+            while not acknowledged:
+                data = self._socket.recv(_READ_BYTES)
+                index = index or rtnl.link_index(data)
+                for _, code, _ in rtnl.answers(data):
+                    acknowledged = True
+                    if code:
+                        raise OSError(code, f'rtnetlink: interface "{name}": {os.strerror(code)}')
+        return index
+
 
 class NetfilterSocket(NetlinkSocket):
     """nfnetlink: nftables transactions and connection tracking."""
