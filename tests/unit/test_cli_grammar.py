@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+
 from pyx_cli import help as help_
 from pyx_cli.__main__ import find
 from pyx_cli.grammar import Flag, UsageError, check_count, parse
@@ -45,8 +46,8 @@ def test_flags(words: str, values: dict[str, object], args: list[str]) -> None:
 
 
 def test_the_first_argument_ends_the_flags_of_run() -> None:
-    assert parse(FLAGS, "-i image -t --name".split(), interspersed=False) == ({"interactive": True}, ["image", "-t", "--name"])
-    assert parse(FLAGS, "image -- -t".split(), interspersed=False) == ({}, ["image", "--", "-t"])
+    assert parse(FLAGS, ["-i", "image", "-t", "--name"], interspersed=False) == ({"interactive": True}, ["image", "-t", "--name"])
+    assert parse(FLAGS, ["image", "--", "-t"], interspersed=False) == ({}, ["image", "--", "-t"])
 
 
 @pytest.mark.parametrize(
@@ -98,19 +99,12 @@ def test_the_table_is_whole() -> None:
 def test_every_field_of_a_container_has_its_flag() -> None:
     """Set every flag of run once: together they must reach every field of the contract's ContainerSpec."""
     import msgspec
+
     from pyx_bus.contract.containerd import ContainerSpec, Resources
     from pyx_cli.grammar import Options
     from pyx_cli.spec import container_spec
 
-    words = (
-        "--name n --entrypoint e -e A=1 -u 1 --group-add 2 -w /w -l a=b --annotation c=d -h host --domainname dom -t -i --rm "
-        "--stop-signal INT --stop-timeout 3 --read-only --privileged --security-opt no-new-privileges --cap-add A --cap-drop B "
-        "--device /dev/null --ulimit nofile=1:2 --sysctl a.b=1 --shm-size 1m -m 1g --memory-reservation 1m --memory-swap 2g "
-        "--cpus 1.5 --cpu-shares 2 --cpuset-cpus 0 --cpuset-mems 0 --pids-limit 9 --oom-score-adj 5 -v vol:/v --network none "
-        "--ip 10.0.0.2 --mac-address 02:00:00:00:00:01 -p 1:2 --expose 5 -P --dns 1.1.1.1 --dns-search s --dns-option o "
-        "--add-host a:1.2.3.4 --pid host --ipc host --uts host --cgroup-parent cg --log-driver none --log-opt a=b --runtime runc "
-        "--platform linux/amd64 --pull never --init --health-cmd true image cmd"
-    ).split()
+    words = ["--name", "n", "--entrypoint", "e", "-e", "A=1", "-u", "1", "--group-add", "2", "-w", "/w", "-l", "a=b", "--annotation", "c=d", "-h", "host", "--domainname", "dom", "-t", "-i", "--rm", "--stop-signal", "INT", "--stop-timeout", "3", "--read-only", "--privileged", "--security-opt", "no-new-privileges", "--cap-add", "A", "--cap-drop", "B", "--device", "/dev/null", "--ulimit", "nofile=1:2", "--sysctl", "a.b=1", "--shm-size", "1m", "-m", "1g", "--memory-reservation", "1m", "--memory-swap", "2g", "--cpus", "1.5", "--cpu-shares", "2", "--cpuset-cpus", "0", "--cpuset-mems", "0", "--pids-limit", "9", "--oom-score-adj", "5", "-v", "vol:/v", "--network", "none", "--ip", "10.0.0.2", "--mac-address", "02:00:00:00:00:01", "-p", "1:2", "--expose", "5", "-P", "--dns", "1.1.1.1", "--dns-search", "s", "--dns-option", "o", "--add-host", "a:1.2.3.4", "--pid", "host", "--ipc", "host", "--uts", "host", "--cgroup-parent", "cg", "--log-driver", "none", "--log-opt", "a=b", "--runtime", "runc", "--platform", "linux/amd64", "--pull", "never", "--init", "--health-cmd", "true", "image", "cmd"]
     command = COMMANDS["container run"]
     values, args = parse(command.flags, words, command.interspersed)
     spec = container_spec(Options(command, values, args), {}, "/")

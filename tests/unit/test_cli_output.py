@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from pyx_cli import output
 from pyx_cli.commands import events
 from pyx_cli.commands.images import familiar, split_reference

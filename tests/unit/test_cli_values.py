@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from pyx_cli import mounts, ports, values
 from pyx_cli.grammar import CliError
 

@@ -1,7 +1,7 @@
 """Which address next, which subnet for a bridge. Pure: what is taken comes in as arguments.
 
-Addresses go round: the search begins behind the one given last, so that an address just released isn't given to somebody else
-while neighbours, peers and conntrack still remember its former owner.
+Addresses go round: the search begins behind the one given last, and passes by the one released last as long as there is another, so
+that an address isn't given to somebody else while neighbours, peers and conntrack still remember its former owner.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class AddressPool:
         self._last = int(subnet.broadcast_address) - 1
         self._taken = {int(address) for address in taken}
         self.cursor = cursor if self._first <= cursor <= self._last else self._first - 1
+        self._released_last = 0
 
     def __len__(self) -> int:
         return len(self._taken)
@@ -75,14 +76,14 @@ class AddressPool:
         """The next free address behind the cursor. Errors: resource_exhausted."""
         gateway = int(self.gateway)
         size = self._last - self._first + 1
-        # Everything taken: say so without walking a /16 that is full.
-        if len(self._taken) < size - 1:
-            for step in range(1, size + 1):
-                number = self._first + (self.cursor - self._first + step) % size
-                if number != gateway and number not in self._taken:
-                    self._taken.add(number)
-                    self.cursor = number
-                    return IPv4(number)
+        free = size - 1 - len(self._taken)
+        for step in range(1, size + 1 if free else 1):  # a full /16 isn't walked
+            number = self._first + (self.cursor - self._first + step) % size
+            if number == gateway or number in self._taken or (number == self._released_last and free > 1):
+                continue
+            self._taken.add(number)
+            self.cursor = number
+            return IPv4(number)
         raise ResourceExhausted(f'no free address left in subnet "{self.subnet}"')
 
     def take_exactly(self, text: str) -> IPv4:
@@ -103,4 +104,7 @@ class AddressPool:
 
     def release(self, address: str) -> None:
         """Give an address back. Idempotent."""
-        self._taken.discard(int(IPv4(address)))
+        number = int(IPv4(address))
+        if number in self._taken:
+            self._taken.discard(number)
+            self._released_last = number
