@@ -11,7 +11,7 @@ import trio
 
 from . import errors
 from .broker import run_broker
-from .service import bus_path, configure_logging, notify_ready
+from .service import bus_path, configure_logging, first_error, notify_ready
 
 
 async def _main() -> None:
@@ -36,9 +36,9 @@ def main() -> None:
     if soft < hard:  # a descriptor per connection, and those in passing
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65_536), hard))
     try:
-        trio.run(_main, strict_exception_groups=False)
-    except errors.BusError as error:
-        sys.exit(f"pyx-busd: {error.message}")
+        trio.run(_main)
+    except* errors.BusError as group:
+        sys.exit(f"pyx-busd: {first_error(group).message}")
 
 
 if __name__ == "__main__":

@@ -189,13 +189,20 @@ async def _main(name: str, setup: Setup) -> None:
                 break
 
 
+def first_error(group: BaseExceptionGroup[errors.BusError]) -> errors.BusError:
+    """The first of what a nursery collected, whatever the nesting."""
+    for error in group.exceptions:
+        return first_error(error) if isinstance(error, BaseExceptionGroup) else error
+    raise AssertionError("an exception group is never empty")
+
+
 def run(name: str, setup: Setup) -> None:
     """A service's whole ``main``. Ends the process with status 1 and one line if it can't start."""
     configure_logging()
     try:
-        trio.run(_main, name, setup, strict_exception_groups=False)
-    except errors.BusError as error:
-        sys.exit(f"pyx-{name}: {error.message}")
+        trio.run(_main, name, setup)
+    except* errors.BusError as group:
+        sys.exit(f"pyx-{name}: {first_error(group).message}")
 
 
 __all__ = ["Call", "Context", "Service", "run"]
