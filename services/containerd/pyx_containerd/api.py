@@ -29,8 +29,8 @@ async def setup(context: Context) -> Service:
     engine.zygote.start()
     _find_runtimes(engine)
     await recovery.recover(engine)
-    context.nursery.start_soon(_choose_runtime, engine)
-    context.nursery.start_soon(recovery.keep_told, engine)
+    engine.background(_choose_runtime, engine)
+    engine.background(recovery.keep_told, engine)
     return methods(engine)
 
 

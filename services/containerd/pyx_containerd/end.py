@@ -129,7 +129,7 @@ async def _release(engine: Engine, live: Live, removing: bool) -> None:
             finished.set()
 
     for name, action in steps:
-        engine.nursery.start_soon(run, name, action)
+        engine.background(run, name, action)
     await finished.wait()
 
 

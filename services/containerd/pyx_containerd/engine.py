@@ -175,6 +175,17 @@ class Engine:
         attributes = {**record.labels, "image": record.spec.image, "name": record.name, **extra}
         self.bus.publish(kind(id=record.id, time_ns=time.time_ns(), attributes=attributes, **(fields or {})))
 
+    def background(self, function: Callable[..., Awaitable[object]], *arguments: object) -> None:
+        """Run a task for as long as the service lives. What it raises is logged: one container's bug isn't the others' end."""
+
+        async def guarded() -> None:
+            try:
+                await function(*arguments)
+            except Exception as error:
+                self.log.error("background task failed", task=function.__qualname__, error=repr(error), exc_info=error)
+
+        self.nursery.start_soon(guarded, name=function.__qualname__)
+
     def warm(self) -> None:
         """A start has been asked for: get the kernel's cgroup lock ready meanwhile."""
         self.zygote.warm(self.warm_path)

@@ -77,7 +77,7 @@ async def execute(
         os.close(null)
     details = {"execID": execution.key, "command": " ".join(request.args)}
     engine.publish(contract.ExecStarted, live.record, **details)
-    engine.nursery.start_soon(_ended, engine, live, execution)
+    engine.background(_ended, engine, live, execution)
     try:
         await started(master)
     finally:

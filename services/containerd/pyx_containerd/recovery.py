@@ -63,7 +63,7 @@ async def _take_up(engine: Engine, live: Live, has_bundle: bool) -> None:
         live.shim = shim
         live.mounted = True
         live.log_opened = True
-        engine.nursery.start_soon(start.serve_shim, engine, live, shim)
+        engine.background(start.serve_shim, engine, live, shim)
         try:
             state = await shim.state()
         except errors.BusError:
@@ -73,7 +73,7 @@ async def _take_up(engine: Engine, live: Live, has_bundle: bool) -> None:
             return
         if state is not None and state.phase == "exited" and was_running:
             _mark_running(engine, live, state.init_pid, record)
-            engine.nursery.start_soon(end.ended, engine, live, state.exit)
+            engine.background(end.ended, engine, live, state.exit)
             return
         live.shim = shim if shim.is_open else None
     if was_running:
@@ -83,10 +83,10 @@ async def _take_up(engine: Engine, live: Live, has_bundle: bool) -> None:
         if exit_ is None:
             await _kill_leftovers(engine, live)
             exit_ = Exit("", UNKNOWN_EXIT_CODE, 0, time.time_ns())
-        engine.nursery.start_soon(end.ended, engine, live, exit_)
+        engine.background(end.ended, engine, live, exit_)
     elif has_bundle or shim is not None:
         live.clean = trio.Event()
-        engine.nursery.start_soon(_clean, engine, live)
+        engine.background(_clean, engine, live)
 
 
 def _connect(engine: Engine, live: Live) -> Shim | None:
@@ -101,7 +101,7 @@ def _mark_running(engine: Engine, live: Live, pid: int, record: Container) -> No
     if record.state in (State.RUNNING, State.PAUSED):
         return
     engine.change(live, Change.START, pid=pid, started_at_ns=record.started_at_ns or time.time_ns(), error="")
-    engine.nursery.start_soon(engine.store.update, live.record)
+    engine.background(engine.store.update, live.record)
 
 
 async def _clean(engine: Engine, live: Live) -> None:
@@ -134,7 +134,7 @@ async def _discard(engine: Engine, container_id: str) -> None:
         async def nothing(*_: object) -> None:
             return
 
-        engine.nursery.start_soon(nursery_connection.serve, nothing, nothing)
+        engine.background(nursery_connection.serve, nothing, nothing)
         try:
             await shim.end()
         except errors.BusError as error:
@@ -178,14 +178,14 @@ def _holders(engine: Engine) -> dict[str, tuple[Method[Retain, Released], Callab
 async def keep_told(engine: Engine) -> None:
     """As long as the service runs: tell each holder at our start and whenever it comes up."""
     for name in _holders(engine):
-        engine.nursery.start_soon(_tell, engine, name)
+        engine.background(_tell, engine, name)
     while True:
         try:
             async with engine.bus.events(ServiceUp.topic) as events:
                 async for event in events:
                     name = str(event.payload.get("id", ""))
                     if name in _holders(engine):
-                        engine.nursery.start_soon(_tell, engine, name)
+                        engine.background(_tell, engine, name)
         except errors.BusError as error:
             engine.log.warning("subscription to service events ended", error=error.message)
             await trio.sleep(RETRY_S)

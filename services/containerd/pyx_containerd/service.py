@@ -346,7 +346,7 @@ async def remove(engine: Engine, live: Live, *, force: bool, volumes: bool) -> N
                     nursery.start_soon(end.step, engine, live, name, action)
             engine.publish(contract.ContainerDestroyed, live.record)
             live.removed.set()
-            engine.nursery.start_soon(_finish_removal, engine, live)
+            engine.background(_finish_removal, engine, live)
 
 
 async def _finish_removal(engine: Engine, live: Live) -> None:

@@ -174,7 +174,10 @@ class Shim:
     async def serve(self, on_exit: OnExit, on_lost: OnLost) -> None:
         """Read replies and exits until the connection ends. ``on_lost`` is called if it ended without ``close``."""
         while self._open:
-            await trio.lowlevel.wait_readable(self._sock)
+            try:
+                await trio.lowlevel.wait_readable(self._sock)
+            except (trio.ClosedResourceError, ValueError):  # closed by us meanwhile
+                return
             while self._open:
                 try:
                     data, fds = wire.receive_message(self._sock)

@@ -119,7 +119,7 @@ async def _prepare(engine: Engine, live: Live) -> None:
         bundles.mount_root(live.record, bundle)
         live.mounted = True
     live.shim = Shim(engine.zygote.fork(bundle, live.id))
-    engine.nursery.start_soon(serve_shim, engine, live, live.shim)
+    engine.background(serve_shim, engine, live, live.shim)
     try:
         async with trio.open_nursery() as nursery:
             if live.record.sandbox is None:
@@ -304,11 +304,11 @@ async def serve_shim(engine: Engine, live: Live, connection: Shim) -> None:
                 execution.exit = exit_
                 execution.ended.set()
         else:
-            engine.nursery.start_soon(end.ended, engine, live, exit_)
+            engine.background(end.ended, engine, live, exit_)
 
     async def on_lost() -> None:
         if live.shim is connection:
-            engine.nursery.start_soon(end.shim_lost, engine, live)
+            engine.background(end.shim_lost, engine, live)
 
     await connection.serve(on_exit, on_lost)
 
