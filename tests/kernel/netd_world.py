@@ -192,7 +192,7 @@ def flows_answered_by(address: str) -> list[conntrack.Flow]:
     """Tracked connections whose answers come from a container's address."""
     tracked.clear()
     netfilter = NetfilterSocket()
-    netfilter.forget(_All())
+    netfilter.forget([_All()])
     netfilter.close()
     return [flow for flow in tracked if flow.answered_by == address]
 

@@ -64,10 +64,11 @@ async def setup(context: Context) -> Service:
     context.exit_stack.push_async_callback(networks.stop)
     await networks.start()
     context.nursery.start_soon(pool.run)
-    return _service(networks)
+    return serve(networks)
 
 
-def _service(networks: Networks) -> Service:
+def serve(networks: Networks) -> Service:
+    """The contract's methods, answered by ``networks``."""
     service = Service("netd")
 
     @service.method(netd.ATTACH)

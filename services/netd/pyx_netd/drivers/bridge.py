@@ -61,6 +61,7 @@ class BridgeDriver:
         self._netfilter = NetfilterSocket()
         self._reservations = Reservations()
         self._published: dict[str, tuple[nft.Published, ...]] = {}
+        self._stale: list[conntrack.Stale] = []
         self._preparing = trio.Lock()
         self._ready: _Ready | None = None
         self._network: Network
@@ -232,7 +233,7 @@ class BridgeDriver:
             await self._prepare()
         udp = tuple(port for port in attachment.ports if port.protocol == "udp")
         if udp:
-            self._nursery.start_soon(self._forget, conntrack.Stale(ports=udp))
+            self._forget_soon(conntrack.Stale(ports=udp))
 
     def detach(self, attachment: Attachment) -> None:
         """0.3 ms: an nftables transaction, an unmount."""
@@ -251,7 +252,7 @@ class BridgeDriver:
         if self._addresses is not None:
             self._addresses.release(attachment.address)
         if published:
-            self._nursery.start_soon(self._forget, conntrack.Stale(address=attachment.address))
+            self._forget_soon(conntrack.Stale(address=attachment.address))
         if failures:
             raise syscalls.failure("take the container's endpoint down", failures[0])
 
@@ -269,15 +270,24 @@ class BridgeDriver:
                     if single.errno != errno.ENOENT:
                         raise
 
-    async def _forget(self, stale: conntrack.Stale) -> None:
-        """Drop tracked flows, behind the answer. A failure costs a client its flow's time-out, nothing else."""
-        try:
-            # A socket of its own: a dump of a big table must not make the next container's ports wait.
-            await trio.to_thread.run_sync(_forget_now, stale)
-        except OSError as error:
-            self._log.warning("can't drop tracked connections", error=str(error))
+    def _forget_soon(self, stale: conntrack.Stale) -> None:
+        """Drop tracked flows behind the answer. One walk through the kernel's table (9 ms) serves all that is asked for meanwhile."""
+        self._stale.append(stale)
+        if len(self._stale) == 1:
+            self._nursery.start_soon(self._forget)
+
+    async def _forget(self) -> None:
+        while self._stale:
+            stale = tuple(self._stale)
+            try:
+                # A socket of its own: walking a big table must not make the next container's ports wait.
+                await trio.to_thread.run_sync(_forget_now, stale)
+            except OSError as error:
+                # It costs a client the time-out of its flow, nothing else.
+                self._log.warning("can't drop tracked connections", error=str(error))
+            del self._stale[: len(stale)]
 
 
-def _forget_now(stale: conntrack.Stale) -> None:
+def _forget_now(stale: tuple[conntrack.Stale, ...]) -> None:
     with contextlib.closing(NetfilterSocket()) as netfilter:
         netfilter.forget(stale)

@@ -105,15 +105,15 @@ class NetfilterSocket(NetlinkSocket):
         except BlockingIOError:
             pass
 
-    def forget(self, stale: conntrack.Stale) -> int:
-        """Delete the tracked flows that ``stale`` covers; returns how many. Takes as long as the table is big: call it in a thread."""
+    def forget(self, stale: Sequence[conntrack.Stale]) -> int:
+        """Delete the tracked flows that one of ``stale`` covers; returns how many. As slow as the table is big: call it in a thread."""
         chosen: list[conntrack.Flow] = []
         with self._lock:
             self._socket.send(conntrack.dump(1))
             done = False
             while not done:
                 flows, done = conntrack.flows(self._socket.recv(_READ_BYTES))
-                chosen.extend(flow for flow in flows if stale.covers(flow))
+                chosen.extend(flow for flow in flows if any(one.covers(flow) for one in stale))
         gone = 0
         for flow in chosen:
             try:
