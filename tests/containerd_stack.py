@@ -14,15 +14,15 @@ import tarfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import trio
+from tests.images import busybox_tar
+
 import pyx_containerd.api
 import pyx_logd.__main__
-import trio
 from pyx_bus import client, errors, testing
 from pyx_bus.contract import imaged, netd, volumed
 from pyx_bus.contract.base import Empty, Message, Released, Retain
 from pyx_bus.service import Call, Context, Service
-
-from tests.images import busybox_tar
 
 
 class Holders:
