@@ -160,7 +160,8 @@ class Foreground:
         poller.register(self._wakeup[0], select.POLLIN)
         if sink.blocked_on >= 0:
             poller.register(sink.blocked_on, select.POLLOUT)
-        if not sink.full:
+        # Not before the start is known: a terminal has to be raw when the first output reaches it.
+        if not sink.full and (self.started or self._status is not None):
             for fd in self._outputs:
                 poller.register(fd, select.POLLIN)
         if self._input >= 0 and self.started and self._stdin:
