@@ -78,7 +78,8 @@ class Imaged:
     def kept(self) -> dict[str, int]:
         """How many things lie in each of its directories: what a failure must not change."""
         return {
-            name: len(list((self.root / name).iterdir())) for name in ("blobs/sha256", "layers", "snapshots", "ingest", "trash")
+            name: len([path for path in (self.root / name).iterdir() if path.name != "empty"])
+            for name in ("blobs/sha256", "layers", "snapshots", "ingest", "trash")
         }
 
     async def settled(self) -> dict[str, int]:

@@ -359,6 +359,9 @@ async def what_others_remove_is_made_again(directory: Path) -> None:
     outside = world.Outside()
     async with stack(directory) as pyx:
         one = await pyx.attach("one", tcp(SERVE_TCP, 8080))
+        for _ in range(2):
+            world.sh("nft flush ruleset")
+            await world.eventually(lambda: "172.17.0.2" in world.published_elements(), "the table is back by itself")
         world.sh("nft flush ruleset")
         two = await pyx.attach("two", tcp(SERVE_TCP, 8081))
         servers = [Server(one.netns_path, "one"), Server(two.netns_path, "two")]

@@ -9,7 +9,9 @@ import io
 import json
 import lzma
 import os
+import shutil
 import tarfile
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +82,15 @@ async def test_an_archive_without_a_name(tmp_path: Path, layout: Path) -> None:
 
 @pytest.mark.parametrize("form", ["docker-archive", "oci-archive"])
 async def test_archives_of_podman(tmp_path: Path, layout: Path, form: str) -> None:
-    podman = ["podman", "--root", str(tmp_path / "p"), "--runroot", str(tmp_path / "pr"), "--storage-driver", "vfs"]
+    runroot = tempfile.mkdtemp(prefix="pyx-podman-")  # podman takes no more than 50 characters
+    podman = ["podman", "--root", str(tmp_path / "p"), "--runroot", runroot, "--storage-driver", "vfs"]
     archive = tmp_path / "a.tar"
     skopeo(f"oci:{layout}:latest", f"docker-archive:{tmp_path / 'in.tar'}:docker.io/library/pod:1")
     images.run_quiet(*podman, "load", "-q", "-i", tmp_path / "in.tar")
-    images.run_quiet(*podman, "tag", "pod:1", "second:2")
-    names = ["pod:1", "second:2"] if form == "docker-archive" else ["pod:1"]
+    images.run_quiet(*podman, "tag", "pod:1", "localhost/second:2")
+    names = ["localhost/second:2", "pod:1"] if form == "docker-archive" else ["pod:1"]
     images.run_quiet(*podman, "save", "-q", "--format", form, *(["-m"] if len(names) > 1 else []), "-o", archive, *names)
+    shutil.rmtree(runroot)
     async with imaged(tmp_path / "i") as service:
         loaded = await service.load(archive)
         assert sorted(loaded.references) == names
@@ -147,8 +151,9 @@ async def refused(tmp_path: Path, archive: Path, message: str, kind: type[errors
 async def test_an_oci_layer_of_the_wrong_digest(tmp_path: Path, layout: Path) -> None:
     archive = tmp_path / "a.tar"
     skopeo(f"oci:{layout}:latest", f"oci-archive:{archive}:x:1")
-    layer = json.loads(next(p for p in (layout / "blobs/sha256").iterdir() if b'"layers"' in p.read_bytes()[:2000]).read_text())
-    hexdigest = layer["layers"][1]["digest"].removeprefix("sha256:")
+    entry = json.loads((layout / "index.json").read_text())["manifests"][0]["digest"]
+    manifest = json.loads((layout / "blobs/sha256" / entry.removeprefix("sha256:")).read_text())
+    hexdigest = manifest["layers"][1]["digest"].removeprefix("sha256:")
     other = gzip.compress(tar_of(("etc/evil", "f", "x")))
     rewrite(archive, lambda name, data: other if name.endswith(hexdigest) else data)
     await refused(tmp_path, archive, "wrong digest")

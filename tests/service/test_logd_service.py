@@ -18,7 +18,7 @@ from pyx_bus import testing
 from pyx_bus.client import Bus, connect
 from pyx_bus.contract import logd
 from pyx_bus.contract.base import Retain
-from pyx_bus.errors import FailedPrecondition, InvalidArgument, NotFound, Unimplemented
+from pyx_bus.errors import BusError, FailedPrecondition, InvalidArgument, NotFound, Unimplemented
 from pyx_logd.__main__ import setup
 
 ID = "c0ffee" + "0" * 58
@@ -110,17 +110,22 @@ def demultiplex(data: bytes) -> dict[str, bytes]:
 async def logs(stack: Stack, container: str = ID, **options: object) -> bytes:
     read, write = os.pipe()
     result = b""
+    error: BusError | None = None
 
     async def collect() -> None:
         nonlocal result
         result = await read_all(read)
 
-    async with trio.open_nursery(strict_exception_groups=False) as nursery:
+    async with trio.open_nursery() as nursery:
         nursery.start_soon(collect)
         try:
             await stack.bus.call(logd.READ, logd.ReadLogs(container_id=container, **options), fds=[write])  # type: ignore[arg-type]
+        except BusError as failed:
+            error = failed
         finally:
             os.close(write)
+    if error is not None:
+        raise error
     return result
 
 

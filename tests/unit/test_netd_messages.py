@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pyroute2.netlink.nfnetlink.nfctsocket import nfct_msg
-from pyroute2.netlink.nfnetlink.nftsocket import nft_set_elem_list_msg
+from pyroute2.netlink.nfnetlink.nftsocket import nft_set_elem_list_msg, nft_table_msg
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
@@ -159,6 +159,17 @@ def test_a_batch_begins_and_ends() -> None:
         kinds.append((kind, sequence, bool(flags & 4)))
         data = data[length:]
     assert kinds == [(0x10, 0, False), (0xA0C, 1, True), (0xA0C, 2, True), (0x11, 3, False)]
+
+
+def test_a_deleted_table_is_heard_of() -> None:
+    def notice(kind: int) -> bytes:
+        return struct.pack("=IHHII", 20, 0xA00 | kind, 0, 1, 0) + bytes(4)
+
+    assert nft.tells_of_deleted_table(notice(12) + notice(2))
+    assert not nft.tells_of_deleted_table(notice(12) + notice(15))
+    assert not nft.tells_of_deleted_table(b"")
+    request = decoded(nft_table_msg, nft.get_table("pyx_a1"))
+    assert (request["header"]["type"], request.get_attr("NFTA_TABLE_NAME")) == (0xA01, "pyx_a1")
 
 
 def test_ruleset_text_holds_every_element() -> None:

@@ -90,7 +90,8 @@ def _elements(items: list[str]) -> str:
 
 _NFNL_MSG_BATCH_BEGIN, _NFNL_MSG_BATCH_END = 0x10, 0x11
 _NFNL_SUBSYS_NFTABLES = 10
-_NFT_MSG_NEWSETELEM, _NFT_MSG_DELSETELEM = 12, 14
+_NFT_MSG_GETTABLE, _NFT_MSG_DELTABLE, _NFT_MSG_NEWSETELEM, _NFT_MSG_DELSETELEM = 1, 2, 12, 14
+_NFTA_TABLE_NAME = 1
 _NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_CREATE, _NLM_F_EXCL = 0x1, 0x4, 0x400, 0x200
 _NFPROTO_IPV4 = 2
 _NFTA_SET_ELEM_LIST_TABLE, _NFTA_SET_ELEM_LIST_SET, _NFTA_SET_ELEM_LIST_ELEMENTS = 1, 2, 3
@@ -156,3 +157,22 @@ def publish(table: str, published: Iterable[Published]) -> list[bytes]:
 def withdraw(table: str, published: Iterable[Published]) -> list[bytes]:
     """Messages removing elements. A missing one is ENOENT, and then the whole transaction removes nothing."""
     return _change(table, published, _NFT_MSG_DELSETELEM, 0)
+
+
+def get_table(table: str) -> bytes:
+    """Ask for the table; ENOENT if it isn't there."""
+    body = _attribute(_NFTA_TABLE_NAME, table.encode() + b"\0")
+    return _message(_NFNL_SUBSYS_NFTABLES << 8 | _NFT_MSG_GETTABLE, _NLM_F_ACK, 1, _NFPROTO_IPV4, 0, body)
+
+
+def tells_of_deleted_table(data: bytes) -> bool:
+    """Whether notifications of the kernel (NFNLGRP_NFTABLES) say that some table was deleted."""
+    offset = 0
+    while offset + 16 <= len(data):
+        length, kind = struct.unpack_from("=IH", data, offset)
+        if kind == _NFNL_SUBSYS_NFTABLES << 8 | _NFT_MSG_DELTABLE:
+            return True
+        if length < 16:
+            break
+        offset += (length + 3) & ~3
+    return False

@@ -21,7 +21,7 @@ from pyx_bus.errors import BusError, FailedPrecondition
 from .. import conntrack, ipam, nft, plan, rtnl
 from ..kernel import host, namespaces, syscalls
 from ..kernel.namespaces import Namespace
-from ..kernel.netlink import NetfilterSocket, RouteSocket
+from ..kernel.netlink import NetfilterSocket, RouteSocket, TableWatch
 from ..kernel.ports import Reservations
 from ..model import CONTAINER_INTERFACE, Attachment, Network, mac_of
 from ..sandbox import NamespacePool
@@ -62,6 +62,7 @@ class BridgeDriver:
         self._reservations = Reservations()
         self._published: dict[str, tuple[nft.Published, ...]] = {}
         self._stale: list[conntrack.Stale] = []
+        self._watching = trio.CancelScope()
         self._preparing = trio.Lock()
         self._ready: _Ready | None = None
         self._network: Network
@@ -87,7 +88,22 @@ class BridgeDriver:
             await self._prepare()
         except BusError as error:
             self._log.error("the bridge network isn't usable", bridge=self._bridge, error=str(error))
+        self._nursery.start_soon(self._watch)
         return self._network
+
+    async def _watch(self) -> None:
+        """Write the table anew whenever somebody flushes it away, so that running containers keep their ports."""
+        with self._watching, contextlib.closing(TableWatch()) as watch:
+            while True:
+                await trio.lowlevel.wait_readable(watch)
+                if not watch.deleted_nowait() or self._ready is None or self._netfilter.has_table(self._table):
+                    continue
+                self._log.warning("the nftables table was removed by somebody else; writing it anew", table=self._table)
+                self._ready = None
+                try:
+                    await self._prepare()
+                except BusError as error:
+                    self._log.error("can't write the nftables table anew", table=self._table, error=str(error))
 
     async def _prepare(self) -> tuple[_Ready, ipam.AddressPool]:
         """Have bridge, address, sysctls and table in place. Idempotent."""
@@ -140,6 +156,7 @@ class BridgeDriver:
         return ipam.pick_subnet(occupied)
 
     async def stop(self, *, idle: bool) -> None:
+        self._watching.cancel()
         try:
             if idle:
                 await trio.to_thread.run_sync(self._remove_from_host)

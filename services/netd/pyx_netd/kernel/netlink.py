@@ -13,6 +13,7 @@ from .. import conntrack, nft, rtnl
 _SOL_NETLINK = 270
 _NETLINK_CAP_ACK, _NETLINK_EXT_ACK = 10, 11
 _NETLINK_ROUTE, _NETLINK_NETFILTER = 0, 12
+_NFNLGRP_NFTABLES = 7
 _READ_BYTES = 65536
 
 
@@ -98,6 +99,16 @@ class NetfilterSocket(NetlinkSocket):
                             self._drain()
                             raise OSError(code, f"nftables: {os.strerror(code)}" + (f" ({words})" if words else ""))
 
+    def has_table(self, table: str) -> bool:
+        """Whether the nftables table exists."""
+        with self._lock:
+            self._socket.send(nft.get_table(table))
+            while True:
+                for _, code, words in rtnl.answers(self._socket.recv(_READ_BYTES)):
+                    if code and code != errno.ENOENT:
+                        raise OSError(code, f"nftables: {os.strerror(code)} {words}")
+                    return code == 0
+
     def _drain(self) -> None:
         try:
             while True:
@@ -123,3 +134,36 @@ class NetfilterSocket(NetlinkSocket):
                 if error.errno != errno.ENOENT:  # expired meanwhile
                     raise
         return gone
+
+
+class TableWatch:
+    """Hears of every deleted nftables table: ``nft flush ruleset`` by an administrator or a restarted firewall takes ours too."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, _NETLINK_NETFILTER
+        )
+        try:
+            self._socket.bind((0, 1 << (_NFNLGRP_NFTABLES - 1)))
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def deleted_nowait(self) -> bool:
+        """Read what has come; whether a table was deleted, as far as one can know (so much may have come that some was lost)."""
+        deleted = False
+        while True:
+            try:
+                deleted = nft.tells_of_deleted_table(self._socket.recv(_READ_BYTES)) or deleted
+            except BlockingIOError:
+                return deleted
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                deleted = True
