@@ -3,7 +3,8 @@
 Below the service's root, all on one file system so that everything arrives and leaves by rename::
 
     blobs/sha256/<hex>     content as it came, named by its digest
-    layers/<number>        a layer unpacked (overlayfs's form); ``l`` is a short link to it for mount options
+    layers/<number>        a layer unpacked (overlayfs's form); ``l`` is a short link to it for mount options;
+                           ``empty`` stands below an image without layers: overlayfs wants one
     snapshots/<container>  what the snapshotter made, and ``image``: a link whose target says what it's of
     ingest/<n>             half-made things; emptied at start
     trash/<n>              what nobody needs any more, being deleted; emptied at start
@@ -24,7 +25,7 @@ from pathlib import Path
 from .drivers.base import Snapshotter
 from .model import Digest, ImageID, SnapshotRecord
 
-_DIRECTORIES = ("blobs/sha256", "layers", "snapshots", "ingest", "trash")
+_DIRECTORIES = ("blobs/sha256", "layers", "layers/empty", "snapshots", "ingest", "trash")
 
 
 class Disk:
@@ -92,28 +93,35 @@ class Disk:
         for path in (self.root / "snapshots").iterdir():
             try:
                 link = path / "image"
-                name, snapshotter, asked = os.readlink(link).split(" ", 2)
-                found.append(SnapshotRecord(path.name, ImageID(name), asked, link.lstat().st_mtime_ns, snapshotter))
+                image_id, snapshotter, asked, name = os.readlink(link).split(" ")
+                created_ns = link.lstat().st_mtime_ns
+                found.append(SnapshotRecord(path.name, ImageID(image_id), asked, name, created_ns, snapshotter))
             except (OSError, ValueError):
                 self.discard(path)
         return found
 
     def make_snapshot(
-        self, container_id: str, image_id: ImageID, asked: str, layers: Sequence[Path], snapshotter: Snapshotter
+        self,
+        container_id: str,
+        image_id: ImageID,
+        asked: str,
+        name: str,
+        layers: Sequence[Path],
+        snapshotter: Snapshotter,
     ) -> SnapshotRecord:
-        """Make it aside and rename it into place: it's there as a whole or not at all."""
+        """Make it aside and rename it into place: it's there as a whole or not at all. ``asked`` and ``name`` have no spaces."""
         directory = self.ingest()
         os.mkdir(directory, 0o711)
         try:
             snapshotter.prepare(directory, layers)
             link = directory / "image"
-            os.symlink(f"{image_id} {snapshotter.name} {asked}", link)
+            os.symlink(f"{image_id} {snapshotter.name} {asked} {name}", link)
             created_ns = link.lstat().st_mtime_ns
             os.rename(directory, self.snapshot(container_id))
         except BaseException:
             self.discard(directory)
             raise
-        return SnapshotRecord(container_id, image_id, asked, created_ns, snapshotter.name)
+        return SnapshotRecord(container_id, image_id, asked, name, created_ns, snapshotter.name)
 
     # On the way out
 

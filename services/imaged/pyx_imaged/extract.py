@@ -102,7 +102,7 @@ class Extractor:
             return LayerError(f'archive entry "{name}" lies below something that is no directory')
         if error.errno == errno.ENAMETOOLONG:
             return LayerError(f"archive with a name that is too long: {name[:80]}…")
-        if error.errno in (errno.EINVAL, errno.EBUSY, errno.ENOTEMPTY):
+        if error.errno in (errno.EINVAL, errno.EBUSY, errno.ENOTEMPTY, errno.ENOENT, errno.EMLINK, errno.ENXIO):
             return LayerError(f'archive entry "{name}" can\'t be made: {error.strerror}')
         return error
 
@@ -313,9 +313,8 @@ class Extractor:
                 raise LayerError(f'archive entry "{_show(entry.name)}" is a link to the root')
             if target == parts:
                 return  # a link to itself: nothing to do (seen in the wild)
-            source = self._open_directory(target[:-1])
-            parent = self._open_directory(parts[:-1])  # the cache may have been dropped on the way
             try:
+                source = self._open_directory(target[:-1])
                 status = os.stat(target[-1], dir_fd=source, follow_symlinks=False)
             except FileNotFoundError:
                 raise LayerError(

@@ -65,10 +65,12 @@ class Image:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotRecord:
-    """A container's writable layer and which image it was made of; ``reference`` is how that was asked for."""
+    """A container's writable layer and which image it was made of; ``asked`` is the reference it was made for, ``name`` what
+    that image was called then."""
 
     container_id: str
     image_id: ImageID
-    reference: str
+    asked: str
+    name: str
     created_ns: int
     snapshotter: str

@@ -73,7 +73,7 @@ class Images:
         image, name = self._find(request.image, request.platform)
         snapshotter = self._snapshotter
         paths = self._library.layer_paths(image)
-        make = functools.partial(self._library.disk.make_snapshot, container_id, image.id, request.image, paths, snapshotter)
+        make = functools.partial(self._library.disk.make_snapshot, container_id, image.id, request.image, name, paths, snapshotter)
         try:
             record = make() if snapshotter.instant else await self._prepare_slowly(container_id, image, make)
         except OSError as error:
@@ -102,12 +102,12 @@ class Images:
     def _again(self, record: SnapshotRecord, request: contract.PrepareSnapshot) -> contract.Snapshot:
         """The snapshot that's there already. The name it was made under may have moved on meanwhile: it keeps its image."""
         image = self._library.images.get(record.image_id)
-        asked_again = request.image == record.reference
+        asked_again = request.image == record.asked
         if image is None or not (asked_again or self._find(request.image, request.platform)[0].id == record.image_id):
             raise FailedPrecondition(
                 f'container "{request.container_id[:12]}" has a snapshot of another image: {record.image_id}'
             )
-        return self._snapshot(record, image, record.reference)
+        return self._snapshot(record, image, record.name)
 
     def _snapshot(self, record: SnapshotRecord, image: Image, name: str) -> contract.Snapshot:
         snapshotter = self._snapshotters.get(record.snapshotter)

@@ -57,7 +57,7 @@ class Overlayfs:
             os.chmod(upper, stat.S_IMODE(status.st_mode))
 
     def mounts(self, directory: Path, layers: Sequence[Path]) -> list[Mount]:
-        lower = ":".join(f"{self._links}/{layer.name}" for layer in reversed(layers))
+        lower = ":".join(f"{self._links}/{layer.name}" for layer in reversed(layers)) or f"{self._links}/empty"
         options = [f"lowerdir={lower}", f"upperdir={directory}/fs", f"workdir={directory}/work", *self._extra]
         if len(",".join(options)) > _OPTIONS_LIMIT:
             raise FailedPrecondition(
