@@ -13,6 +13,10 @@ from pyx_bus.errors import InvalidArgument
 from . import frames
 
 
+_PIPE_BYTES = 512 * 1024
+"""Of memory only when filled; each time one is full costs a wait and a wake-up."""
+
+
 class Client:
     """Somebody who gets output: an attached terminal, a reader of logs. Owns ``fd``, the write end of a pipe, or a socket.
 
@@ -25,7 +29,7 @@ class Client:
         self._fd = _nonblocking(fd)
         self._frame = frame
         self._wants = {"stdout": stdout, "stderr": stderr}
-        self._rest = b""
+        self._rest = memoryview(b"")  # a view: what's left of a big write isn't copied again and again
         self._flushing = trio.Lock()
 
     @property
@@ -43,11 +47,11 @@ class Client:
         if self.gone:
             return
         if self._rest:
-            self._rest += data
+            self._rest = memoryview(bytes(self._rest) + data)
             return
-        self._rest = data[self._write(data) :]
+        self._rest = memoryview(data)[self._write(data) :]
 
-    def _write(self, data: bytes) -> int:
+    def _write(self, data: bytes | memoryview) -> int:
         try:
             return os.write(self._fd, data)
         except BlockingIOError:
@@ -66,7 +70,7 @@ class Client:
                     break
                 self._rest = self._rest[self._write(self._rest) :]
         if self.gone:
-            self._rest = b""
+            self._rest = memoryview(b"")
 
     def close(self) -> None:
         """The client sees the end. Idempotent."""
@@ -88,6 +92,10 @@ def _nonblocking(fd: int) -> int:
         if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY or not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
             raise InvalidArgument("the descriptor for output must be the write end of a pipe, or a socket")
         if stat.S_ISFIFO(mode):
+            try:
+                fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+            except OSError:  # more than the user may have in pipes; it works with less
+                pass
             try:
                 fresh = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             except OSError:  # somebody else's pipe and no right to open it, or no /proc

@@ -65,8 +65,24 @@ def _second(seconds: int) -> bytes:
 _TIME = re.compile(rb"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?(?:Z|([+-])(\d\d):(\d\d))")
 
 
+_last_parsed: tuple[bytes, int] = (b"1970-01-01T00:00:00.", 0)
+
+
 def parse_time(text: bytes) -> int | None:
     """RFC 3339 to Unix nanoseconds; None if it isn't one."""
+    global _last_parsed
+    head, seconds_ns = _last_parsed
+    if text.startswith(head):  # most records are of the same second as the one before
+        fraction = text[20:-1]
+        if text.endswith(b"Z") and len(fraction) <= 9 and fraction.isdigit():
+            return seconds_ns + int(fraction.ljust(9, b"0"))
+    time_ns = _parse_time(text)
+    if time_ns is not None and text.endswith(b"Z") and text[19:20] == b".":
+        _last_parsed = text[:20], time_ns - time_ns % 1_000_000_000
+    return time_ns
+
+
+def _parse_time(text: bytes) -> int | None:
     match = _TIME.fullmatch(text)
     if match is None:
         return None
@@ -174,8 +190,11 @@ def unescape(text: bytes) -> bytes:
 Text = tuple[str, int, bytes]
 """Stream, time in ns, and the text of consecutive records which share both."""
 
-_SUFFIX = re.compile(rb'","stream":"(\w+)"(?:,"attrs":\{.*\})?,"time":"([^"]+)"\}\n')
-_ANY_SEPARATOR = re.compile(rb'","stream":"\w+"(?:,"attrs":\{[^\n]*\})?,"time":"[^"]+"\}\n(?:\{"log":")?')
+_TAIL = rb'","stream":"(\w+)"(?:,"attrs":\{[^\n]*\})?,"time":"([^"\n]+)"\}\n'
+_SUFFIX = re.compile(_TAIL)
+_LINE_SEPARATOR = re.compile(rb'\\n' + _TAIL.replace(b"(", b"(?:").replace(b"(?:?:", b"(?:") + rb'(?:\{"log":")?')
+_RECORD = re.compile(rb'\{"log":"([^\n]*?)' + _TAIL)
+_SPAN_BYTES = 4096
 _STRETCH_BYTES = 64 * 1024
 
 
@@ -186,51 +205,96 @@ def decode(block: bytes, *, times: bool = True) -> Iterable[Text]:
     written alone.
     """
     position, size = 0, len(block)
+    span = _SPAN_BYTES
     while position < size:
-        newline = block.find(b"\n", position)
-        if newline < 0:
+        first_end = block.find(b"\n", position) + 1
+        if not first_end:
             return
-        head = block.find(b'","stream":"', position, newline)  # can't be inside the text: its quotes are escaped
-        match = _SUFFIX.fullmatch(block, head, newline + 1) if head >= 0 else None
+        # a record's first unescaped `","` is the end of its text: quotes in the text are escaped
+        head = block.find(b'","stream":"', position, first_end)
+        match = _SUFFIX.fullmatch(block, head, first_end) if head >= 0 else None
         time_ns = parse_time(match[2]) if match else None
         if match is None or time_ns is None or not block.startswith(PREFIX, position):
-            position = newline + 1
+            position = first_end
             continue
         stream, suffix = match[1].decode(), match[0]
-        stop = _run_end(block, position, newline + 1, suffix)
-        start = position + len(PREFIX)
-        if stop == newline + 1:
-            text = block[start:head]
-            if not times and (stretch := _stretch_end(block, position, match[1])) > stop:
-                text, stop = _ANY_SEPARATOR.sub(b"", block[start:stretch]), stretch
-        else:
-            text = block[start : stop - len(suffix)].replace(suffix + PREFIX, b"")
+        limit = min(size, position + span)
+        stop = block.rfind(suffix, first_end, limit) + len(suffix)
+        text: bytes | None = None
+        if stop >= position + _SPAN_BYTES // 2 or (times and stop > first_end):  # a run of records with the same suffix
+            text = _run_text(block, position, stop, suffix)
+            span = span * 4 if limit - stop < _SPAN_BYTES else _SPAN_BYTES
+        if text is None and not times:
+            stop = block.rfind(b"\n", position, position + _STRETCH_BYTES) + 1
+            text = _stretch_text(block, position, stop, match[1])
+            span = _SPAN_BYTES
+        if text is None:
+            # short runs, or something odd among them: record by record, up to where it may be worth looking again
+            stop = block.rfind(b"\n", position, position + _STRETCH_BYTES // 4) + 1
+            if stop > first_end:
+                yield from _records(block, position, stop)
+                position = stop
+                continue
+            text, stop = _unescaped([block[position + len(PREFIX) : head]]), first_end
         position = stop
-        try:
-            yield stream, time_ns, unescape(text)
-        except ValueError:  # not JSON after all
-            continue
+        if text:
+            yield stream, time_ns, text
 
 
-def _run_end(block: bytes, position: int, first_end: int, suffix: bytes) -> int:
-    """The end of the run of records, from ``position``, that all end in ``suffix``; ``first_end`` is the first one's end."""
-    second_end = block.find(b"\n", first_end) + 1
-    if not second_end or not block.endswith(suffix, first_end, second_end):
-        return first_end
-    limit = len(block)
-    while limit > second_end:
-        end = block.rfind(suffix, position, limit) + len(suffix)
-        # every raw newline ends a record: as many suffixes as newlines means that no other record is among them
-        if block.count(suffix, position, end) == block.count(b"\n", position, end) == block.count(PREFIX, position, end):
-            return end
-        limit = position + (end - position) // 2
-    return first_end
+def _run_text(block: bytes, position: int, stop: int, suffix: bytes) -> bytes | None:
+    """The text of the records from ``position`` to ``stop`` if all of them end in ``suffix``, as the last one does."""
+    start = position + len(PREFIX)
+    end = b"\\n" + suffix
+    text = block[start : stop - len(suffix)].replace(end + PREFIX, b"\n")
+    if b'"' not in text and b"\\" not in text[:-2] and text.endswith(b"\\n"):  # nothing escaped, and no other separator
+        return text[:-2] + b"\n"
+    count = block.count(b"\n", position, stop)  # every raw newline ends a record
+    if block.count(suffix, position, stop) != count or block.count(PREFIX, position, stop) != count:
+        return None
+    try:
+        return unescape(block[start : stop - len(suffix)].replace(suffix + PREFIX, b""))
+    except ValueError:
+        return None
 
 
-def _stretch_end(block: bytes, position: int, stream: bytes) -> int:
-    """The end of a stretch of well-formed records of ``stream`` from ``position``; ``position`` if there's none worth the trouble."""
-    end = block.rfind(b"\n", position, position + _STRETCH_BYTES) + 1
-    separators = block.count(b'","stream":"%b","time":"' % stream, position, end)
-    if separators < 2 or separators != block.count(b"\n", position, end) or separators != block.count(PREFIX, position, end):
-        return position
-    return end
+def _stretch_text(block: bytes, position: int, stop: int, stream: bytes) -> bytes | None:
+    """The text of the records from ``position`` to ``stop`` if they all are of ``stream`` and end a line, and there are several."""
+    count = block.count(b"\n", position, stop)
+    ends = block.count(b'\\n","stream":"%b"' % stream, position, stop)
+    if count < 2 or ends != count or block.count(PREFIX, position, stop) != count:
+        return None
+    text = _LINE_SEPARATOR.sub(b"\n", block[position + len(PREFIX) : stop])
+    if b'"' not in text and b"\\" not in text:
+        return text
+    try:
+        return unescape(_ANY_SEPARATOR.sub(b"", block[position + len(PREFIX) : stop]))
+    except ValueError:
+        return None
+
+
+_ANY_SEPARATOR = re.compile(_LINE_SEPARATOR.pattern[3:])
+
+
+def _records(block: bytes, position: int, stop: int) -> Iterable[Text]:
+    """One by one, neighbours of the same stream and time together."""
+    last: tuple[bytes, bytes] = (b"", b"")
+    texts: list[bytes] = []
+    time_ns: int | None = None
+    for text, stream, time_text in _RECORD.findall(block, position, stop):
+        if (stream, time_text) != last:
+            if texts and time_ns is not None:
+                yield last[0].decode(), time_ns, _unescaped(texts)
+            texts = []
+            last = stream, time_text
+            time_ns = parse_time(time_text)
+        texts.append(text)
+    if texts and time_ns is not None:
+        yield last[0].decode(), time_ns, _unescaped(texts)
+
+
+def _unescaped(texts: list[bytes]) -> bytes:
+    """`unescape` of all, less those that aren't JSON after all."""
+    try:
+        return unescape(b"".join(texts))
+    except ValueError:
+        return b"".join([_unescaped([text]) for text in texts]) if len(texts) > 1 else b""
