@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import trio
-from pyx_bus import testing
+
+from pyx_bus import errors, testing
 from pyx_bus.client import Bus, connect
 from pyx_bus.contract import imaged as contract
 from pyx_imaged.api import setup
@@ -34,21 +35,26 @@ class Imaged:
         """As a client at the other end of a pipe sends it."""
         read_end, write_end = os.pipe()
         result: list[contract.ImageID] = []
+        failures: list[errors.BusError] = []
 
         async def call() -> None:
             try:
                 request = contract.ImportImage(reference=name, **fields)
                 result.append(await self.bus.call(contract.IMPORT, request, fds=[read_end]))
+            except errors.BusError as error:
+                failures.append(error)
             finally:
                 os.close(read_end)
 
-        async with trio.open_nursery(strict_exception_groups=False) as nursery:
+        async with trio.open_nursery() as nursery:
             nursery.start_soon(call)
             async with trio.lowlevel.FdStream(write_end) as sink:
                 try:
                     await sink.send_all(data)
                 except trio.BrokenResourceError:
                     pass  # imaged has seen enough
+        if failures:
+            raise failures[0]
         return result[0]
 
     async def load(self, path: Path | str, **fields: Any) -> contract.LoadedImages:

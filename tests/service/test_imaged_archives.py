@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 import zstandard
-from pyx_bus import errors
-from pyx_bus.contract import imaged as contract
-
 from tests import images
 from tests.imaged_support import imaged, tar_of, tree
+
+from pyx_bus import errors
+from pyx_bus.contract import imaged as contract
 
 LAYERS = [
     tar_of(("etc", "d", None), ("etc/one", "f", "1"), ("etc/gone", "f", "x"), ("link", "s", "etc/one")),

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import trio
+from tests import images
+from tests.imaged_support import Imaged, imaged, tar_of, tree
+
 from pyx_bus import errors, testing
 from pyx_bus.client import connect
 from pyx_bus.contract import imaged as contract
 from pyx_bus.contract.base import Retain
-
-from tests import images
-from tests.imaged_support import Imaged, imaged, tar_of, tree
 
 SMALL = tar_of(("etc", "d", None), ("etc/x", "f", "1"))
 
@@ -239,7 +239,7 @@ async def test_after_a_kill_nothing_half_made_remains(tmp_path: Path) -> None:
             await wait_for(lambda: (service.root / "imaged.sqlite").exists())
             kept = await retried(service, SMALL, "kept")
             await service.prepare("c1", "kept")
-            async with trio.open_nursery(strict_exception_groups=False) as nursery:
+            async with trio.open_nursery() as nursery:
 
                 async def fails() -> None:
                     with pytest.raises(errors.Unavailable):

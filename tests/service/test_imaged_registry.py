@@ -9,11 +9,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from pyx_bus import errors
-from pyx_bus.contract import imaged as contract
-
 from tests import images
 from tests.imaged_support import imaged, tar_of, tree
+
+from pyx_bus import errors
+from pyx_bus.contract import imaged as contract
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ async def test_a_layer_of_wrong_content_leaves_nothing(tmp_path: Path) -> None:
                     damaged += 1
         assert damaged == 1
         async with imaged(tmp_path / "i") as service:
-            with pytest.raises(errors.InvalidArgument, match="wrong digest|damaged|bytes instead of|has more than"):
+            with pytest.raises(errors.InvalidArgument, match=r"wrong digest|damaged|bytes instead of|has more than"):
                 await service.pull(reference)
             assert set((await service.settled()).values()) == {0}
             assert await service.names() == []

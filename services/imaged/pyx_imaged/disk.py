@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -116,7 +117,8 @@ class Disk:
             snapshotter.prepare(directory, layers)
             link = directory / "image"
             os.symlink(f"{image_id} {snapshotter.name} {asked} {name}", link)
-            created_ns = link.lstat().st_mtime_ns
+            created_ns = time.time_ns()  # the kernel's own stamp may lie some milliseconds back, before a ``Retain`` drawn earlier
+            os.utime(link, ns=(created_ns, created_ns), follow_symlinks=False)
             os.rename(directory, self.snapshot(container_id))
         except BaseException:
             self.discard(directory)

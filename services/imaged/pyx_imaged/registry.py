@@ -41,6 +41,7 @@ _HUB = "registry-1.docker.io"
 _CONNECT_TIMEOUT_S = 15.0
 _READ_TIMEOUT_S = 60.0
 _ATTEMPTS = 5
+_PAUSE_S = 0.2  # before the second attempt, doubled before each further one
 _TOKEN_LIFE_S = 60.0  # what the token specification grants where the answer doesn't say
 _PARAMETER = re.compile(r'(\w+)=(?:"((?:[^"\\]|\\.)*)"|([^\s,]+))')
 
@@ -158,7 +159,7 @@ class Repository:
             attempt += 1
             if attempt >= _ATTEMPTS:
                 raise Unavailable(f'download of {digest} from "{self._name.domain}" failed: {failure}')
-            await trio.sleep(0.2 * 2**attempt)  # give a registry that's restarting a moment
+            await trio.sleep(_PAUSE_S * 2 ** (attempt - 1))  # give a registry that's restarting a moment
 
     async def _get(
         self, url: str, headers: dict[str, str], limit: int, what: str
@@ -185,7 +186,7 @@ class Repository:
             except Unavailable:
                 if attempt >= _ATTEMPTS:
                     raise
-            await trio.sleep(0.1 * 2**attempt)
+            await trio.sleep(_PAUSE_S * 2 ** (attempt - 1))
 
     @asynccontextmanager
     async def _open(self, url: str, headers: dict[str, str], what: str) -> AsyncIterator[httpx.Response]:
