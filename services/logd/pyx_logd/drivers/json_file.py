@@ -77,12 +77,12 @@ class JsonFile:
                 view = view[count:]
                 size += count
         except OSError as error:
+            size = self._size + data.rfind(b"\n", 0, size - self._size) + 1  # no part of a record stays
             try:
-                os.ftruncate(self._fd, self._size)  # no part of a record stays
+                os.ftruncate(self._fd, size)
             except OSError as further:
                 self._trouble(f"cutting {self.path} back", further)
             self._trouble(f"writing {len(data)} bytes to {self.path}", error)
-            return
         self._size = size
 
     def _rotate(self) -> None:

@@ -1,0 +1,155 @@
+"""logd as the process it is: killed at any moment, and on a disk that's full."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from pyx_bus import testing
+from pyx_bus.client import Bus, connect
+from pyx_bus.contract import logd
+from pyx_bus.errors import BusError
+
+ID = "ab" * 32
+
+
+class Process:
+    """A logd of its own, beside a broker that stays."""
+
+    def __init__(self, directory: Path, bus: Path) -> None:
+        self.environment = {**os.environ, "PYX_ROOT": str(directory / "root"), "PYX_RUN": str(directory / "run"), "PYX_BUS": str(bus)}
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "pyx_logd"], env=self.environment, stderr=subprocess.PIPE, start_new_session=True
+        )
+
+    def end(self, number: int) -> str:
+        self.process.send_signal(number)
+        return self.process.communicate(timeout=10)[1].decode()
+
+
+@asynccontextmanager
+async def stack(directory: Path) -> AsyncIterator[tuple[Bus, Process]]:
+    async with testing.broker(directory) as path, connect(str(path), "test") as bus:
+        process = Process(directory, path)
+        try:
+            yield bus, process
+        finally:
+            if process.process.returncode is None:
+                process.end(signal.SIGTERM)
+
+
+async def open_log(bus: Bus, out: int, err: int) -> None:
+    """As containerd does: again and again until logd is back."""
+    with trio.fail_after(15):
+        while True:
+            try:
+                request = logd.OpenLog(container_id=ID, run=1, streams=["stdout", "stderr"])
+                await bus.call(logd.OPEN, request, fds=[out, err], timeout_s=5)
+                return
+            except BusError:
+                await trio.sleep(0.02)
+
+
+WRITER = """
+import os
+for number in range(60000):
+    os.write(1, b"line %d %s" % (number, b"x" * (number % 90)))
+    os.write(1, b"\\n")
+"""
+
+
+async def test_no_line_is_lost_or_doubled_when_logd_is_killed(tmp_path: Path) -> None:
+    out_read, out = os.pipe()
+    err_read, err = os.pipe()
+    async with stack(tmp_path) as (bus, process):
+        await open_log(bus, out_read, err_read)
+        writer = subprocess.Popen([sys.executable, "-c", WRITER], stdout=out, stderr=err)
+        os.close(out)
+        os.close(err)
+        kills = 0
+        while writer.poll() is None or kills < 3:
+            await trio.sleep(0.03 + 0.011 * kills)
+            await trio.to_thread.run_sync(process.end, signal.SIGKILL)
+            kills += 1
+            process.start()
+            await open_log(bus, out_read, err_read)
+            if kills > 20:
+                break
+        await bus.call(logd.WAIT_DRAINED, logd.WaitDrained(container_id=ID, run=1), timeout_s=20)
+        await trio.to_thread.run_sync(writer.wait)
+        os.close(out_read)
+        os.close(err_read)
+        lines = (tmp_path / "root" / "logd" / ID / f"{ID}-json.log").read_bytes().splitlines()
+        texts = [json.loads(line)["log"] for line in lines]
+        assert texts == [f"line {number} {'x' * (number % 90)}\n" for number in range(60_000)]
+        assert list((tmp_path / "run" / "logd").iterdir()) == []
+
+
+def mount(source: str, target: Path, options: str) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(source.encode(), str(target).encode(), b"tmpfs", 0, options.encode()) != 0:
+        raise OSError(ctypes.get_errno(), "mount", str(target))
+
+
+@pytest.mark.root
+async def test_a_full_disk_stops_no_container(tmp_path: Path) -> None:
+    root = tmp_path / "root" / "logd"
+    root.mkdir(parents=True)
+    mount("pyx-test", root, "size=256k")
+    try:
+        async with stack(tmp_path) as (bus, process):
+            out_read, out = os.pipe()
+            err_read, err = os.pipe()
+            await open_log(bus, out_read, err_read)
+            client_read, client = os.pipe()
+            await bus.call(logd.ATTACH, logd.AttachLog(container_id=ID), fds=[client])
+            os.close(client)
+            data = b"".join(b"%09d\n" % number for number in range(200_000))
+
+            def write() -> None:
+                view = memoryview(data)
+                while view:
+                    view = view[os.write(out, view) :]
+                os.close(out)
+                os.close(err)
+
+            def read() -> int:
+                total = 0
+                while block := os.read(client_read, 1 << 20):
+                    total += len(block)
+                return total
+
+            total = 0
+
+            async def collect() -> None:
+                nonlocal total
+                total = await trio.to_thread.run_sync(read)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(collect)
+                nursery.start_soon(trio.to_thread.run_sync, write)
+            assert total > len(data)  # the client has all of it, with the frames' headers
+            await bus.call(logd.WAIT_DRAINED, logd.WaitDrained(container_id=ID, run=1), timeout_s=10)
+            stored = (root / ID / f"{ID}-json.log").read_bytes()
+            assert stored.endswith(b"\n") and len(stored) > 100_000
+            for line in stored.splitlines():
+                json.loads(line)
+            errors = await trio.to_thread.run_sync(process.end, signal.SIGTERM)
+            assert "output lost" in errors and ID in errors and "No space left" in errors
+            for fd in (out_read, err_read, client_read):
+                os.close(fd)
+    finally:
+        ctypes.CDLL(None).umount2(str(root).encode(), 2)
