@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import stat
 
 import trio
@@ -12,13 +13,12 @@ from pyx_bus.errors import InvalidArgument
 
 from . import frames
 
-
 _PIPE_BYTES = 512 * 1024
 """Of memory only when filled; each time one is full costs a wait and a wake-up."""
 
 
 class Client:
-    """Somebody who gets output: an attached terminal, a reader of logs. Owns ``fd``, the write end of a pipe, or a socket.
+    """Somebody who gets output: an attached terminal, a reader of logs. Owns ``fd``, which `check_client` found good.
 
     `send_nowait` writes what fits and keeps the rest; `flush` waits until the rest is out. A sender flushes before it sends more, so the
     rest is bounded by what it sent. A client that closed its end is ``gone``: what is sent to it vanishes, nobody else notices.
@@ -60,6 +60,14 @@ class Client:
             self.gone = True
             return len(data)
 
+    def check_gone(self) -> bool:
+        """Whether the other end is closed, which else shows at the next output only."""
+        if not self.gone:
+            poll = select.poll()
+            poll.register(self._fd, 0)
+            self.gone = bool(poll.poll(0))  # POLLERR or POLLHUP
+        return self.gone
+
     async def flush(self) -> None:
         """Wait until all is written, or the client is gone. Cancelled, it may have written a part."""
         async with self._flushing:  # stdout's and stderr's readers may both be here
@@ -81,30 +89,30 @@ class Client:
             os.close(fd)
 
 
+def check_client(fd: int) -> None:
+    """Whether output can be sent to ``fd``. Raises invalid_argument."""
+    mode = os.fstat(fd).st_mode
+    if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY or not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+        raise InvalidArgument("the descriptor for output must be the write end of a pipe, or a socket")
+
+
 def _nonblocking(fd: int) -> int:
-    """A descriptor for the same pipe that doesn't block. Takes ``fd``: closes it if it isn't the answer, or on an error.
+    """A descriptor for the same pipe that doesn't block, in place of ``fd``.
 
     O_NONBLOCK belongs to the open file description, which the client shares with us: a pipe is opened anew, so that only ours has it.
     That can't be done with a socket.
     """
-    try:
-        mode = os.fstat(fd).st_mode
-        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY or not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
-            raise InvalidArgument("the descriptor for output must be the write end of a pipe, or a socket")
-        if stat.S_ISFIFO(mode):
-            try:
-                fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-            except OSError:  # more than the user may have in pipes; it works with less
-                pass
-            try:
-                fresh = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            except OSError:  # somebody else's pipe and no right to open it, or no /proc
-                pass
-            else:
-                os.close(fd)
-                return fresh
-        os.set_blocking(fd, False)
-    except BaseException:
-        os.close(fd)
-        raise
+    if stat.S_ISFIFO(os.fstat(fd).st_mode):
+        try:
+            fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        except OSError:  # more than the user may have in pipes; it works with less
+            pass
+        try:
+            fresh = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:  # somebody else's pipe and no right to open it, or no /proc
+            pass
+        else:
+            os.close(fd)
+            return fresh
+    os.set_blocking(fd, False)
     return fd

@@ -83,27 +83,31 @@ class ContainerLog:
                 self._logger.info("took up after a kill", container=self.container, run=run, stream=stream, bytes=len(left.data))
             window.close(remove=False)
 
-    def open_run(self, number: int, streams: list[str], fds: list[int], clients: list[int], meta: Meta) -> Run | None:
-        """Begin to read; owns all descriptors. None if that run is being read, or was to its end."""
-        known = self._runs.get(number)
-        if known is not None:
-            for fd in fds + clients:
-                os.close(fd)
+    def open_run(self, number: int, streams: list[str], fds: list[int], meta: Meta) -> Run | None:
+        """Begin to read ``streams``, whose descriptors come first in ``fds``, and to send to the clients, whose come after.
+
+        The run owns them, unless this raises, or returns None: that run is being read, or was to its end.
+        """
+        if number in self._runs:
             return None
         if (meta.driver, meta.options) != (self.meta.driver, self.meta.options) and not self.active:
             self.driver = self._make_driver(meta)
-        self.meta = meta
         self._store.save(self.container, meta)
+        self.meta = meta
         self.driver.open()
         self._flush_older(number)
         sources: list[Source] = []
-        for stream, fd in zip(streams, fds, strict=True):
-            if stream == "tty":
-                stream = "stdout"
-            else:
-                os.set_blocking(fd, False)  # a pipe's read end is ours alone; a terminal's description isn't, and is left as it is
-            sources.append(Source(stream, fd, Window(self._store.window(self.container, number, stream))))
-        run = Run(number, self.driver, sources, [Client(fd, self.frame) for fd in clients], self._notify)
+        try:
+            for stream, fd in zip(streams, fds, strict=False):
+                name = "stdout" if stream == "tty" else stream
+                if stream != "tty":  # a pipe's read end is ours alone; a terminal's description isn't, and is left as it is
+                    os.set_blocking(fd, False)
+                sources.append(Source(name, fd, Window(self._store.window(self.container, number, name))))
+        except BaseException:
+            for source in sources:
+                source.window.close(remove=True)
+            raise
+        run = Run(number, self.driver, sources, [Client(fd, self.frame) for fd in fds[len(streams) :]], self._notify)
         for old in [old for old, other in self._runs.items() if other.drained.is_set()]:
             del self._runs[old]
         self._runs[number] = run

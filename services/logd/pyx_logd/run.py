@@ -82,7 +82,15 @@ class Run:
         if with_pending:
             for source in self._sources:
                 client.send_nowait(source.name, source.window.pending)
+        for other in list(self.clients):
+            if other.check_gone():  # else those who come and go would pile up while nothing is written
+                self._drop(other)
         self.clients.append(client)
+
+    def _drop(self, client: Client) -> None:
+        client.close()
+        if client in self.clients:  # the other stream's reader may have been quicker
+            self.clients.remove(client)
 
     def start(self, task: Callable[[], Awaitable[None]]) -> bool:
         """Run ``task`` as a part of this run, which isn't drained before it's done. False if the streams have ended."""
@@ -138,9 +146,7 @@ class Run:
             if client.waiting:
                 await client.flush()
             if client.gone:
-                client.close()
-                if client in self.clients:  # the other stream's reader may have been quicker
-                    self.clients.remove(client)
+                self._drop(client)
 
 
 def at_end(fd: int) -> bool:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 
 import structlog
 import trio
 
-from pyx_bus.errors import InvalidArgument, NotFound
+from pyx_bus.errors import InvalidArgument, NotFound, ResourceExhausted
 
+from .clients import check_client
 from .drivers import factory
 from .log import ContainerLog
 from .model import ContainerID, check_streams
@@ -59,6 +61,8 @@ class LogService:
                 raise InvalidArgument(f"{len(streams)} streams and {attached} clients need as many descriptors, not {len(fds)}")
             for stream, fd in zip(streams, fds, strict=False):
                 check_source(fd, stream)
+            for fd in fds[len(streams) :]:
+                check_client(fd)
             factory(driver)(self._store.directory(container), options, lambda what, error: None)  # checks the options
             log = self._find(container)
             created_ns = log.meta.created_ns if log else time.time_ns()
@@ -66,17 +70,23 @@ class LogService:
             if log is None:
                 self._store.save(container, meta)
                 log = self._logs[container] = ContainerLog(container, meta, self._store, self._logger)
-        except BaseException:
+            opened = log.open_run(run, streams, fds, meta)
+        except BaseException as error:
             for fd in fds:
                 os.close(fd)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE):
+                raise ResourceExhausted(f'cannot open the log of container "{container}": {error.strerror}') from error
             raise
-        opened = log.open_run(run, streams, fds[: len(streams)], fds[len(streams) :], meta)
-        if opened is not None:
+        if opened is None:
+            for fd in fds:
+                os.close(fd)
+        else:
             self._nursery.start_soon(log.serve, opened)
         return log.driver.path
 
     def attach(self, container: ContainerID, fd: int, *, logs: bool, stdout: bool, stderr: bool) -> None:
         try:
+            check_client(fd)
             log = self._get(container)
         except BaseException:
             os.close(fd)
@@ -85,6 +95,7 @@ class LogService:
 
     async def read(self, container: ContainerID, fd: int, selection: Selection, *, follow: bool) -> None:
         try:
+            check_client(fd)
             log = self._get(container)
         except BaseException:
             os.close(fd)
@@ -98,12 +109,10 @@ class LogService:
 
     async def remove(self, container: ContainerID) -> None:
         """Idempotent. The files are gone from sight when it returns; deleting them goes on in the background."""
-        log = self._logs.get(container)
+        log = self._logs.pop(container, None)
+        trash = self._store.discard(container)
         if log is not None:
             await log.stop()
-            if self._logs.get(container) is log:
-                del self._logs[container]
-        trash = self._store.discard(container)
         self._nursery.start_soon(trio.to_thread.run_sync, self._store.delete, trash)
 
     async def retain(self, living: set[str], before_ns: int) -> list[str]:
