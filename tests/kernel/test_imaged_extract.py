@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.imaged_support import tar_of, tree
+
 from pyx_imaged import tarstream
 from pyx_imaged.extract import Extractor, LayerError, LimitError, Limits, Unpacked
-
-from tests.imaged_support import tar_of, tree
 
 
 def extract(root: Path, data: bytes, *, limits: Limits | None = None, base: bool = False, **options: Any) -> Unpacked:
@@ -107,13 +107,7 @@ def test_absolute_names_where_they_are_allowed(tmp_path: Path) -> None:
 def test_writing_through_the_layers_own_links(tmp_path: Path) -> None:
     data = tar_of(
         ("usr/lib", "d", None), ("lib", "s", "usr/lib"), ("lib/a", "f", "A"), ("usr/abs", "s", "/usr/lib"), ("usr/abs/b", "f", "B"),
-        ("usr/up", "s", "../lib"), ("usr/up/c/d", "d", None), ("lib/e", "h", "usr/abs/a"),
-    )  # fmt: skip
-    with pytest.raises(LayerError, match="leads nowhere"):
-        extract(tmp_path / "bad", data)  # the parent of "usr/up/c/d" isn't made behind a link, as in Docker
-    data = tar_of(
-        ("usr/lib", "d", None), ("lib", "s", "usr/lib"), ("lib/a", "f", "A"), ("usr/abs", "s", "/usr/lib"), ("usr/abs/b", "f", "B"),
-        ("usr/up", "s", "../lib"), ("usr/up/c", "d", None), ("usr/up/c/d", "f", "D"), ("lib/e", "h", "usr/abs/a"),
+        ("usr/up", "s", "../lib"), ("usr/up/c/d", "f", "D"), ("lib/e", "h", "usr/abs/a"),
     )  # fmt: skip
     extract(tmp_path / "root", data)
     found = tree(tmp_path / "root")
@@ -192,7 +186,7 @@ def test_gnu_tars_own_archives(tmp_path: Path, form: str, version: str) -> None:
     (source / ("d" * 120) / ("f" * 150)).write_text("long")
     (source / "link").symlink_to("t" * 150)
     with open(source / "sparse", "wb") as file:
-        for offset in range(0, 40):
+        for offset in range(40):
             file.seek(offset * 100_000)
             file.write(f"{offset}".encode() * 50)
         file.truncate(9_000_000)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import shutil
 import stat
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from .tarstream import Entry, Read
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _LINKS_LIMIT = 40  # the kernel's own MAXSYMLINKS
-_CACHE_LIMIT = 400  # directory descriptors; below the usual 1024 per process
+_SPARE_DESCRIPTORS = 100  # of the process's limit that aren't for the cache: a path's own walk, the file, the archive
 _COPY = 1 << 20
 _PATH_LIMIT = 4096
 _WHITEOUT, _OPAQUE, _META = b".wh.", b".wh..wh..opq", b".wh..wh."
@@ -68,6 +69,8 @@ class Extractor:
         self._limits, self._base, self._allow_absolute = limits, base, allow_absolute
         self._cache: dict[tuple[bytes, ...], int] = {}
         self._times: dict[tuple[bytes, ...], int] = {}
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._cache_limit = max(16, min(soft - _SPARE_DESCRIPTORS, 8192))
         self._next_look = 0
         self._stale = False
         self.result = Unpacked(implied={b""})
@@ -83,7 +86,7 @@ class Extractor:
             self.result.entries += 1
             if self.result.entries > self._limits.max_entries:
                 raise LimitError(f"archive with more than {self._limits.max_entries} entries")
-            if self._stale or len(self._cache) >= _CACHE_LIMIT:
+            if self._stale or len(self._cache) >= self._cache_limit:
                 self._drop_cache()  # here only: inside an entry its descriptors are in use
             try:
                 self._entry(entry, read)
@@ -123,50 +126,37 @@ class Extractor:
         if not parts:
             return self._root
         fd = self._cache.get(parts)
-        if fd is None:
-            fd = self._cache[parts] = self._walk(parts, make)
-        return fd
-
-    def _walk(self, parts: tuple[bytes, ...], make: bool) -> int:
-        """Walk from the root (or the nearest known ancestor) to a directory; links are resolved inside the root. A new descriptor."""
+        if fd is not None:
+            return fd
         known = len(parts) - 1
         while known and parts[:known] not in self._cache:
             known -= 1
-        # A cached ancestor reached through a link isn't where its name says: ".." from there needs the real way, so only walks
-        # that meet no link may start in the middle.
-        try:
-            return self._walk_plain(self._cache[parts[:known]] if known else self._root, parts[known:], parts[:known], make)
-        except _LinkMet:
-            return self._walk_links(parts)
-
-    def _walk_plain(self, start: int, rest: tuple[bytes, ...], done: tuple[bytes, ...], make: bool) -> int:
-        fd = os.dup(start)
-        try:
-            for part in rest:
-                done = (*done, part)
-                try:
-                    below = os.open(part, _DIRECTORY, dir_fd=fd)
-                except FileNotFoundError:
-                    if not make:
-                        raise
-                    os.mkdir(part, 0o755, dir_fd=fd)
-                    self.result.implied.add(b"/".join(done))
-                    below = os.open(part, _DIRECTORY, dir_fd=fd)
-                except OSError as error:
-                    status = os.stat(part, dir_fd=fd, follow_symlinks=False)
-                    if error.errno in (errno.ENOTDIR, errno.ELOOP) and stat.S_ISLNK(status.st_mode):
-                        raise _LinkMet from None
-                    if make and kernel.is_whiteout(status):
-                        below = self._replace_whiteout(part, fd)
-                        self.result.implied.add(b"/".join(done))
-                    else:
-                        raise
-                os.close(fd)
-                fd = below
-        except BaseException:
-            os.close(fd)
-            raise
+        fd = self._cache[parts[:known]] if known else self._root
+        for end in range(known + 1, len(parts) + 1):
+            fd = self._cache[parts[:end]] = self._step(fd, parts[:end], make)
         return fd
+
+    def _step(self, parent: int, parts: tuple[bytes, ...], make: bool) -> int:
+        """From a directory to the one below it named ``parts[-1]``; a new descriptor. A link there is resolved inside the root."""
+        part = parts[-1]
+        try:
+            return os.open(part, _DIRECTORY, dir_fd=parent)
+        except FileNotFoundError:
+            if not make:
+                raise
+            os.mkdir(part, 0o755, dir_fd=parent)
+            self.result.implied.add(b"/".join(parts))
+            return os.open(part, _DIRECTORY, dir_fd=parent)
+        except OSError as error:
+            if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+                raise
+            status = os.stat(part, dir_fd=parent, follow_symlinks=False)
+            if stat.S_ISLNK(status.st_mode):
+                return self._walk_links(parts)
+            if make and kernel.is_whiteout(status):
+                self.result.implied.add(b"/".join(parts))
+                return self._replace_whiteout(part, parent)
+            raise
 
     def _replace_whiteout(self, name: bytes, parent: int) -> int:
         """A directory where the same layer had hidden what's below: it stays hidden."""
@@ -177,7 +167,8 @@ class Extractor:
         return fd
 
     def _walk_links(self, parts: tuple[bytes, ...]) -> int:
-        """Like the walk above where links are on the way; ``stack`` is the real way from the root, for ``..``."""
+        """The whole way from the root to a directory with links on the way. ``stack`` is the real way so far: where a link was
+        followed, ``..`` isn't the directory its name says."""
         stack: list[int] = []
         todo = list(reversed(parts))
         links = 0
@@ -415,10 +406,6 @@ class Extractor:
         left = entry.size + entry.padding if entry.kind not in (tarstream.LINK, tarstream.SYMLINK) else 0
         while left > 0:
             left -= len(tarstream.exactly(read, min(left, _COPY)))
-
-
-class _LinkMet(Exception):
-    """A component is a symbolic link: take the careful way."""
 
 
 def _show(name: bytes) -> str:

@@ -52,6 +52,10 @@ def number(text: bytes) -> int:
     if text[0] & 0x80:
         value = int.from_bytes(text, "big") & ((1 << (len(text) * 8 - 1)) - 1)
         return value - (1 << (len(text) * 8 - 1)) if text[0] & 0x40 else value
+    try:
+        return int(text.rstrip(b" \0") or b"0", 8)
+    except ValueError:
+        pass  # perhaps something behind the first zero, which doesn't count
     digits = text.split(b"\0", 1)[0].strip()
     try:
         return int(digits, 8) if digits else 0

@@ -13,10 +13,12 @@ One thread reads, digests and decompresses (in C, without the GIL), the other ex
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import json
 import os
 import queue
+import resource
 import select
 import sys
 import threading
@@ -237,6 +239,9 @@ def _watch(lifeline: int) -> None:
 def main() -> int:
     job = json.loads(sys.argv[1])
     threading.Thread(target=_watch, args=(job["lifeline"],), daemon=True).start()
+    gc.disable()  # nothing here makes cycles, and the process is short-lived
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 16384), hard))
     sys.setswitchinterval(0.0005)  # the extractor's many short calls otherwise keep the other thread waiting
     try:
         result = {"unpack": unpack, "spool": spool}[job["kind"]](job)
