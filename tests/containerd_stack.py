@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import tarfile
+import traceback
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -195,7 +196,11 @@ async def stack(directory: Path, *, containerd: bool = True, logd: bool = True) 
             context = await exits.enter_async_context(serve_containerd(path, directory))
         else:
             context = None
-        yield Stack(path, bus, context, holders, directory)
+        try:
+            yield Stack(path, bus, context, holders, directory)
+        except Exception:
+            traceback.print_exc()  # before it's wrapped in the groups of a dozen nurseries
+            raise
 
 
 def serve_containerd(path: Path, directory: Path) -> contextlib.AbstractAsyncContextManager[Context]:
