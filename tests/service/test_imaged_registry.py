@@ -150,7 +150,7 @@ async def test_what_isnt_there(tmp_path: Path, registry: str) -> None:
             await service.pull(f"127.0.0.1:{images.free_port()}/x:1")
         with pytest.raises(errors.InvalidArgument, match="invalid reference"):
             await service.pull("x/UPPER")
-        assert set(service.kept().values()) == {0}
+        assert set((await service.settled()).values()) == {0}
 
 
 async def test_a_layer_of_wrong_content_leaves_nothing(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ async def test_credentials_wanted(tmp_path: Path, server: Server) -> None:
         server.auth = "Basic"
         with pytest.raises(errors.PermissionDenied, match="wants credentials"):
             await service.pull(f"{server.address}/some/repo:x")
-        assert set(service.kept().values()) == {0}
+        assert set((await service.settled()).values()) == {0}
 
 
 async def test_refusals(tmp_path: Path, server: Server) -> None:

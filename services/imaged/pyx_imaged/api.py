@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +15,7 @@ import trio
 
 from pyx_bus.contract import imaged as contract
 from pyx_bus.contract.base import Empty, Released, Retain
-from pyx_bus.errors import FailedPrecondition, InvalidArgument
+from pyx_bus.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from pyx_bus.service import Call, Context, Service
 
 from . import platforms
@@ -77,6 +79,19 @@ def _snapshotters(root: Path, library: Library, wanted: str, context: Context) -
 
 
 @contextmanager
+def _disk_full_is_no_bug() -> Iterator[None]:
+    """Errors: resource_exhausted where a transfer met the end of the disk outside a worker."""
+    try:
+        yield
+    except (OSError, sqlite3.OperationalError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or (
+            getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+        ):
+            raise ResourceExhausted("no space left where images are kept", hint="remove images or containers") from error
+        raise
+
+
+@contextmanager
 def _descriptor(call: Call) -> Iterator[int]:
     """The one descriptor a request must bring; closed at the end."""
     fds = call.take_fds()
@@ -133,17 +148,18 @@ def _service(images: Images, transfers: Transfers) -> Service:
 
     @service.method(contract.IMPORT)
     async def import_image(call: Call, request: contract.ImportImage) -> contract.ImageID:
-        with _descriptor(call) as fd:
+        with _descriptor(call) as fd, _disk_full_is_no_bug():
             return await transfers.import_image(request, fd)
 
     @service.method(contract.LOAD)
     async def load(call: Call, request: contract.LoadImages) -> contract.LoadedImages:
-        with _descriptor(call) as fd:
+        with _descriptor(call) as fd, _disk_full_is_no_bug():
             return await transfers.load(request, fd, call.send)
 
     @service.method(contract.PULL)
     async def pull(call: Call, request: contract.PullImage) -> contract.PulledImage:
-        return await transfers.pull(request, call.send)
+        with _disk_full_is_no_bug():
+            return await transfers.pull(request, call.send)
 
     @service.method(contract.LIST)
     async def list_images(call: Call, request: contract.ListImages) -> contract.ImageList:

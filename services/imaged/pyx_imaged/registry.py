@@ -10,7 +10,9 @@ httpx is imported with the first pull: an engine that never pulls needn't hold i
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
+import ssl
 import time
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
@@ -84,7 +86,7 @@ class Registry:
         host = _HUB if name.domain == "docker.io" else name.domain
         async with httpx.AsyncClient(
             follow_redirects=True,
-            verify=not insecure,
+            verify=_trust() if not insecure else False,
             timeout=httpx.Timeout(_READ_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S),
             headers={"User-Agent": f"pyx/{__version__}"},
             limits=httpx.Limits(max_connections=8),
@@ -242,6 +244,12 @@ class Repository:
             return ResourceExhausted(f'registry "{self._name.domain}" limits requests' + (f": {said}" if said else ""))
         text = f'registry "{self._name.domain}" answered {status} for {what}' + (f": {said}" if said else "")
         return Unavailable(text) if status >= 500 else InvalidArgument(text)
+
+
+def _trust() -> ssl.SSLContext | bool:
+    """The host's own certificate authorities, so that what an administrator added counts; httpx's bundle on a host without any."""
+    paths = ssl.get_default_verify_paths()
+    return ssl.create_default_context() if paths.cafile or (paths.capath and os.listdir(paths.capath)) else True
 
 
 async def _beginning(response: httpx.Response) -> bytes:

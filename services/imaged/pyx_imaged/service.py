@@ -74,9 +74,11 @@ class Images:
         snapshotter = self._snapshotter
         paths = self._library.layer_paths(image)
         make = functools.partial(self._library.disk.make_snapshot, container_id, image.id, request.image, name, paths, snapshotter)
+        snapshotter.mounts(self._library.disk.snapshot(container_id), paths)  # refuses what couldn't be mounted before it's made
         try:
             record = make() if snapshotter.instant else await self._prepare_slowly(container_id, image, make)
         except OSError as error:
+            self._library.empty_trash_soon()
             if error.errno in _NO_SPACE:
                 raise ResourceExhausted(f'no space left for the snapshot of container "{container_id}"') from error
             raise

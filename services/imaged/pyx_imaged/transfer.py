@@ -113,15 +113,13 @@ class Transfers:
                 }
             ).encode()
             chain_id = ChainID(diff_id)
-            with self._library.holding([chain_id], [Digest(result.digest)]):
-                async with self._only_one(chain_id):
+            async with self._clearing_up(), self._only_one(chain_id):
+                with self._library.holding([chain_id], [Digest(result.digest)]):
                     if chain_id not in self._library.layers:
                         media_type = _MEDIA_TYPES.get(result.compression, manifest.OCI_LAYER)
-                        self._library.add_layer(
-                            directory, blob, chain_id, diff_id, result, media_type
-                        )
-                names = [target.canonical] if target else []
-                image_id = await self._add(config, (chain_id,), "", {sha256(config): config}, names)
+                        self._library.add_layer(directory, blob, chain_id, diff_id, result, media_type)
+                    names = [target.canonical] if target else []
+                    image_id = await self._add(config, (chain_id,), "", {sha256(config): config}, names)
         name = target.familiar if target else ""
         self._publish(event(contract.ImageImported, image_id, name))
         return contract.ImageID(id=image_id, reference=name)
@@ -307,7 +305,7 @@ class Transfers:
         """Get every layer that isn't here, then store the image. On failure what came with it goes again."""
         chains = tuple(layer.chain_id for layer in layers)
         held = [*(Digest(layer.digest) for layer in layers if layer.digest), *documents]
-        try:
+        async with self._clearing_up():
             with self._library.holding(chains, held):
                 limiter = trio.CapacityLimiter(_PARALLEL_LAYERS)
                 failures: list[BusError] = []
@@ -319,10 +317,6 @@ class Transfers:
                 if failures:
                     raise failures[0]
                 return await self._add(config, chains, manifest_digest, documents, names)
-        except BaseException:
-            with trio.CancelScope(shield=True):
-                await self._library.collect()
-            raise
 
     async def _get_layer(
         self,
@@ -374,6 +368,16 @@ class Transfers:
         finally:
             self._library.discard(directory)
             self._library.discard(blob)
+
+    @asynccontextmanager
+    async def _clearing_up(self) -> AsyncIterator[None]:
+        """If the block fails, layers and blobs it brought and no image uses go again."""
+        try:
+            yield
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._library.collect()
+            raise
 
     @asynccontextmanager
     async def _only_one(self, chain_id: ChainID) -> AsyncIterator[None]:
