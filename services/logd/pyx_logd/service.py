@@ -68,7 +68,6 @@ class LogService:
             created_ns = log.meta.created_ns if log else time.time_ns()
             meta = Meta(driver=driver, options=options, tty=streams == ["tty"], run=run, created_ns=created_ns)
             if log is None:
-                self._store.save(container, meta)
                 log = self._logs[container] = ContainerLog(container, meta, self._store, self._logger)
             opened = log.open_run(run, streams, fds, meta)
         except BaseException as error:

@@ -56,11 +56,18 @@ class Store:
 
     def save(self, container: ContainerID, meta: Meta) -> None:
         """Whole or not at all. Not synced: without it a log is still read, and this is on the path of every start."""
-        directory = self.directory(container)
-        directory.mkdir(mode=0o710, exist_ok=True)
-        fresh = directory / ".log.json"
-        fresh.write_bytes(msgspec.json.encode(meta))
-        fresh.rename(directory / "log.json")
+        directory = str(self.directory(container))
+        try:
+            os.mkdir(directory, 0o710)
+        except FileExistsError:
+            pass
+        fresh = f"{directory}/.log.json"
+        fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, msgspec.json.encode(meta))
+        finally:
+            os.close(fd)
+        os.rename(fresh, f"{directory}/log.json")
 
     def window(self, container: ContainerID, run: int, stream: str) -> Path:
         directory = self._run / container

@@ -65,7 +65,7 @@ class Window:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             if os.fstat(fd).st_size != _SIZE:
-                os.ftruncate(fd, 0)
+                os.ftruncate(fd, 0)  # of another size it isn't ours: zeros only
                 os.ftruncate(fd, _SIZE)
             self._map = mmap.mmap(fd, _SIZE)
         finally:
