@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from pyx_bus.service import stack_prefix
-
 from tests.images import busybox_tar
+
+from pyx_bus.service import stack_prefix
 
 PYX = Path(sys.executable).parent / "pyx"
 
@@ -50,7 +50,9 @@ class Stack:
     def prefix(self) -> str:
         return stack_prefix(self.run)
 
-    def pyx(self, *args: str, input: str | None = None, timeout: float = 60, check: bool = False) -> subprocess.CompletedProcess[str]:
+    def pyx(
+        self, *args: str, input: str | None = None, timeout: float = 60, check: bool = False
+    ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             [PYX, *args], env=self.env, text=True, capture_output=True, timeout=timeout,
             **({"input": input} if input is not None else {"stdin": subprocess.DEVNULL}),
@@ -80,7 +82,10 @@ class Stack:
             if not entry.name.isdigit() or int(entry.name) == os.getpid():
                 continue
             try:
-                if mark in (entry / "environ").read_bytes().split(b"\0") or str(self.run) in (entry / "cmdline").read_text():
+                if (
+                    mark in (entry / "environ").read_bytes().split(b"\0")
+                    or str(self.run) in (entry / "cmdline").read_text()
+                ):
                     found.append(f"process {entry.name}: {(entry / 'cmdline').read_text()!r}")
             except OSError:
                 continue
@@ -88,7 +93,9 @@ class Stack:
             if str(self.root) in line or str(self.run) in line:
                 found.append(f"mount {line}")
         found += [f"link {name}" for name in os.listdir("/sys/class/net") if name.startswith(self.prefix)]
-        tables = json.loads(subprocess.run(["nft", "-j", "list", "tables"], capture_output=True, check=True).stdout)["nftables"]
+        tables = json.loads(subprocess.run(["nft", "-j", "list", "tables"], capture_output=True, check=True).stdout)[
+            "nftables"
+        ]
         names = [entry["table"]["name"] for entry in tables if "table" in entry]
         found += [f"table {name}" for name in names if name.startswith((self.prefix, self.prefix.replace("-", "_")))]
         for directory, children, _ in os.walk("/sys/fs/cgroup"):

@@ -58,7 +58,19 @@ def test_much_data_both_ways_is_whole(stack: Any) -> None:
 
 def test_exec_streams(stack: Any) -> None:
     stack.pyx("run", "-d", "--name", "exec-streams", "busybox", "sleep", "1000", check=True)
-    done = stack.pyx("exec", "-i", "-e", "A=b", "-w", "/tmp", "exec-streams", "sh", "-c", "cat; pwd; echo $A >&2; exit 4", input="x\n")
+    done = stack.pyx(
+        "exec",
+        "-i",
+        "-e",
+        "A=b",
+        "-w",
+        "/tmp",
+        "exec-streams",
+        "sh",
+        "-c",
+        "cat; pwd; echo $A >&2; exit 4",
+        input="x\n",
+    )
     assert (done.returncode, done.stdout, done.stderr) == (4, "x\n/tmp\n", "b\n")
     data = os.urandom(1 << 20)
     with stack.popen("exec", "-i", "exec-streams", "cat", stdin=PIPE, stdout=PIPE) as process:
@@ -103,7 +115,9 @@ def test_a_slow_reader_loses_nothing(stack: Any) -> None:
 
 
 def test_start_attach_and_logs(stack: Any) -> None:
-    container = stack.pyx("create", "--name", "sa", "busybox", "sh", "-c", "echo out; echo err >&2; exit 3", check=True).stdout.strip()
+    container = stack.pyx(
+        "create", "--name", "sa", "busybox", "sh", "-c", "echo out; echo err >&2; exit 3", check=True
+    ).stdout.strip()
     assert len(container) == 64
     done = stack.pyx("start", "-a", "sa")
     assert (done.returncode, done.stdout, done.stderr) == (3, "out\n", "err\n")
@@ -118,15 +132,27 @@ def test_start_attach_and_logs(stack: Any) -> None:
 
 
 def test_following_logs(stack: Any) -> None:
-    stack.pyx("run", "-d", "--name", "follow", "busybox", "sh", "-c", "for i in 1 2 3; do echo $i; sleep 0.1; done", check=True)
+    stack.pyx(
+        "run",
+        "-d",
+        "--name",
+        "follow",
+        "busybox",
+        "sh",
+        "-c",
+        "for i in 1 2 3; do echo $i; sleep 0.1; done",
+        check=True,
+    )
     assert stack.pyx("logs", "-f", "follow", timeout=20).stdout == "1\n2\n3\n"
     stack.pyx("rm", "-f", "follow", check=True)
 
 
 def test_lists_filters_and_formats(stack: Any) -> None:
-    container = stack.pyx("run", "-d", "--name", "listed", "-l", "a=b", "-p", "127.0.0.1::80", "busybox", "sleep", "1000", check=True).stdout.strip()
+    container = stack.pyx(
+        "run", "-d", "--name", "listed", "-l", "a=b", "-p", "127.0.0.1::80", "busybox", "sleep", "1000", check=True
+    ).stdout.strip()
     table = stack.pyx("ps", check=True).stdout.splitlines()
-    assert table[0].split() == "CONTAINER ID IMAGE COMMAND CREATED STATUS PORTS NAMES".split()
+    assert table[0].split() == ["CONTAINER", "ID", "IMAGE", "COMMAND", "CREATED", "STATUS", "PORTS", "NAMES"]
     row = next(line for line in table if "listed" in line)
     assert row.startswith(container[:12]) and '"sleep 1000"' in row and "->80/tcp" in row and "Up " in row
     assert stack.pyx("ps", "-q", "--filter", "name=listed").stdout == container[:12] + "\n"
@@ -134,20 +160,31 @@ def test_lists_filters_and_formats(stack: Any) -> None:
     assert stack.pyx("ps", "--filter", "name=listed", "--format", "{{.Names}}:{{.State}}").stdout == "listed:running\n"
     row = json.loads(stack.pyx("ps", "--filter", "name=listed", "--format", "json").stdout)
     assert row["ID"] == container[:12] and row["Labels"] == "a=b"
-    assert stack.pyx("ps", "-f", "name=listed", "--format", "table {{.Names}}\t{{.Image}}").stdout.split() == ["NAMES", "IMAGE", "listed", "busybox"]
+    assert stack.pyx("ps", "-f", "name=listed", "--format", "table {{.Names}}\t{{.Image}}").stdout.split() == [
+        "NAMES",
+        "IMAGE",
+        "listed",
+        "busybox",
+    ]
     assert stack.pyx("port", "listed", "80").stdout.startswith("127.0.0.1:")
     found = json.loads(stack.pyx("inspect", container[:10]).stdout)
     assert found[0]["Id"] == container
-    assert stack.pyx("inspect", "-f", "{{.State.Running}} {{json .Config.Labels}}", "listed").stdout == 'true {"a":"b"}\n'
+    assert (
+        stack.pyx("inspect", "-f", "{{.State.Running}} {{json .Config.Labels}}", "listed").stdout == 'true {"a":"b"}\n'
+    )
     missing = stack.pyx("inspect", "listed", "nope")
-    assert missing.returncode == 1 and len(json.loads(missing.stdout)) == 1 and missing.stderr == 'pyx: no such object: "nope"\n'
+    assert (
+        missing.returncode == 1
+        and len(json.loads(missing.stdout)) == 1
+        and missing.stderr == 'pyx: no such object: "nope"\n'
+    )
     assert "listed" in stack.pyx("container", "ls").stdout
     stack.pyx("rename", "listed", "renamed", check=True)
     assert stack.pyx("rm", "-f", "renamed").stdout == "renamed\n"
 
 
 def test_images_volumes_networks(stack: Any) -> None:
-    assert stack.pyx("images").stdout.splitlines()[0].split() == "REPOSITORY TAG IMAGE ID CREATED SIZE".split()
+    assert stack.pyx("images").stdout.splitlines()[0].split() == ["REPOSITORY", "TAG", "IMAGE", "ID", "CREATED", "SIZE"]
     assert stack.pyx("images", "--format", "{{.Repository}}:{{.Tag}}").stdout.count("busybox:latest\n") == 1
     stack.pyx("tag", "busybox", "copy:1", check=True)
     assert "Untagged: " in stack.pyx("rmi", "copy:1", check=True).stdout
@@ -162,7 +199,9 @@ def test_images_volumes_networks(stack: Any) -> None:
 
 def test_events(stack: Any) -> None:
     stack.pyx("run", "--rm", "--name", "eventful", "busybox", "true", check=True)
-    out = stack.pyx("events", "--since", "1m", "--until", "0s", "-f", "container=eventful", "--format", "{{.Action}}", timeout=20).stdout.split()
+    out = stack.pyx(
+        "events", "--since", "1m", "--until", "0s", "-f", "container=eventful", "--format", "{{.Action}}", timeout=20
+    ).stdout.split()
     assert out[:2] == ["create", "start"] and "die" in out
     line = stack.pyx("events", "--since", "1m", "--until", "0s", "-f", "event=die", "-f", "container=eventful").stdout
     assert " container die " in line and "exitCode=0" in line
@@ -184,7 +223,9 @@ def test_version_and_info(stack: Any) -> None:
 @pytest.mark.parametrize("service", ["containerd", "busd"])
 def test_a_foreground_run_outlives_a_restart(stack: Any, service: str) -> None:
     """kill -9 of containerd, or of the broker: the output goes on and the exit code arrives."""
-    with stack.popen("run", "--rm", "-i", "busybox", "sh", "-c", "echo one; read x; echo two $x; exit 9", stdin=PIPE, stdout=PIPE) as process:
+    with stack.popen(
+        "run", "--rm", "-i", "busybox", "sh", "-c", "echo one; read x; echo two $x; exit 9", stdin=PIPE, stdout=PIPE
+    ) as process:
         assert process.stdin is not None and process.stdout is not None
         assert process.stdout.readline() == b"one\n"
         old = stack.service_pid(service)

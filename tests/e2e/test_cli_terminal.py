@@ -132,7 +132,9 @@ def test_output_on_a_terminal_is_complete(terminal: Start) -> None:
 
 
 def test_ctrl_c_without_a_terminal_inside_is_passed_on_as_a_signal(terminal: Start) -> None:
-    session = terminal("run", "--rm", "busybox", "sh", "-c", "trap 'echo caught; exit 5' INT; echo ready; while :; do sleep 0.05; done")
+    session = terminal(
+        "run", "--rm", "busybox", "sh", "-c", "trap 'echo caught; exit 5' INT; echo ready; while :; do sleep 0.05; done"
+    )
     session.expect("ready")
     session.send("\x03")
     session.expect("caught")

@@ -46,7 +46,10 @@ def test_flags(words: str, values: dict[str, object], args: list[str]) -> None:
 
 
 def test_the_first_argument_ends_the_flags_of_run() -> None:
-    assert parse(FLAGS, ["-i", "image", "-t", "--name"], interspersed=False) == ({"interactive": True}, ["image", "-t", "--name"])
+    assert parse(FLAGS, ["-i", "image", "-t", "--name"], interspersed=False) == (
+        {"interactive": True},
+        ["image", "-t", "--name"],
+    )
     assert parse(FLAGS, ["image", "--", "-t"], interspersed=False) == ({}, ["image", "--", "-t"])
 
 
@@ -104,7 +107,113 @@ def test_every_field_of_a_container_has_its_flag() -> None:
     from pyx_cli.grammar import Options
     from pyx_cli.spec import container_spec
 
-    words = ["--name", "n", "--entrypoint", "e", "-e", "A=1", "-u", "1", "--group-add", "2", "-w", "/w", "-l", "a=b", "--annotation", "c=d", "-h", "host", "--domainname", "dom", "-t", "-i", "--rm", "--stop-signal", "INT", "--stop-timeout", "3", "--read-only", "--privileged", "--security-opt", "no-new-privileges", "--cap-add", "A", "--cap-drop", "B", "--device", "/dev/null", "--ulimit", "nofile=1:2", "--sysctl", "a.b=1", "--shm-size", "1m", "-m", "1g", "--memory-reservation", "1m", "--memory-swap", "2g", "--cpus", "1.5", "--cpu-shares", "2", "--cpuset-cpus", "0", "--cpuset-mems", "0", "--pids-limit", "9", "--oom-score-adj", "5", "-v", "vol:/v", "--network", "none", "--ip", "10.0.0.2", "--mac-address", "02:00:00:00:00:01", "-p", "1:2", "--expose", "5", "-P", "--dns", "1.1.1.1", "--dns-search", "s", "--dns-option", "o", "--add-host", "a:1.2.3.4", "--pid", "host", "--ipc", "host", "--uts", "host", "--cgroup-parent", "cg", "--log-driver", "none", "--log-opt", "a=b", "--runtime", "runc", "--platform", "linux/amd64", "--pull", "never", "--init", "--health-cmd", "true", "image", "cmd"]
+    words = [
+        "--name",
+        "n",
+        "--entrypoint",
+        "e",
+        "-e",
+        "A=1",
+        "-u",
+        "1",
+        "--group-add",
+        "2",
+        "-w",
+        "/w",
+        "-l",
+        "a=b",
+        "--annotation",
+        "c=d",
+        "-h",
+        "host",
+        "--domainname",
+        "dom",
+        "-t",
+        "-i",
+        "--rm",
+        "--stop-signal",
+        "INT",
+        "--stop-timeout",
+        "3",
+        "--read-only",
+        "--privileged",
+        "--security-opt",
+        "no-new-privileges",
+        "--cap-add",
+        "A",
+        "--cap-drop",
+        "B",
+        "--device",
+        "/dev/null",
+        "--ulimit",
+        "nofile=1:2",
+        "--sysctl",
+        "a.b=1",
+        "--shm-size",
+        "1m",
+        "-m",
+        "1g",
+        "--memory-reservation",
+        "1m",
+        "--memory-swap",
+        "2g",
+        "--cpus",
+        "1.5",
+        "--cpu-shares",
+        "2",
+        "--cpuset-cpus",
+        "0",
+        "--cpuset-mems",
+        "0",
+        "--pids-limit",
+        "9",
+        "--oom-score-adj",
+        "5",
+        "-v",
+        "vol:/v",
+        "--network",
+        "none",
+        "--ip",
+        "10.0.0.2",
+        "--mac-address",
+        "02:00:00:00:00:01",
+        "-p",
+        "1:2",
+        "--expose",
+        "5",
+        "-P",
+        "--dns",
+        "1.1.1.1",
+        "--dns-search",
+        "s",
+        "--dns-option",
+        "o",
+        "--add-host",
+        "a:1.2.3.4",
+        "--pid",
+        "host",
+        "--ipc",
+        "host",
+        "--uts",
+        "host",
+        "--cgroup-parent",
+        "cg",
+        "--log-driver",
+        "none",
+        "--log-opt",
+        "a=b",
+        "--runtime",
+        "runc",
+        "--platform",
+        "linux/amd64",
+        "--pull",
+        "never",
+        "--init",
+        "--health-cmd",
+        "true",
+        "image",
+        "cmd",
+    ]
     command = COMMANDS["container run"]
     values, args = parse(command.flags, words, command.interspersed)
     spec = container_spec(Options(command, values, args), {}, "/")
@@ -120,14 +229,28 @@ def test_every_field_of_a_container_has_its_flag() -> None:
 def test_the_wrong_number_of_arguments() -> None:
     with pytest.raises(UsageError) as caught:
         check_count(COMMANDS["container run"], 0)
-    assert caught.value.text.startswith("\"pyx container run\" requires at least 1 argument.\nSee 'pyx container run --help'.")
+    assert caught.value.text.startswith(
+        "\"pyx container run\" requires at least 1 argument.\nSee 'pyx container run --help'."
+    )
     with pytest.raises(UsageError, match="accepts no arguments"):
         check_count(COMMANDS["container ls"], 1)
     with pytest.raises(UsageError, match="requires exactly 2 arguments"):
         check_count(COMMANDS["container rename"], 1)
 
 
-_SLOW = ("trio", "anyio", "msgspec", "argparse", "dataclasses", "json", "enum", "asyncio", "socket", "subprocess", "structlog")
+_SLOW = (
+    "trio",
+    "anyio",
+    "msgspec",
+    "argparse",
+    "dataclasses",
+    "json",
+    "enum",
+    "asyncio",
+    "socket",
+    "subprocess",
+    "structlog",
+)
 
 
 def _modules(tmp_path: object, *words: str) -> set[str]:
@@ -136,7 +259,10 @@ def _modules(tmp_path: object, *words: str) -> set[str]:
         f"sys.argv[1:] = {list(words)!r}; dispatch(sys.argv[1:]); sys.stderr.write('\\nMODULES ' + ' '.join(sys.modules))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYX_BUS": f"{tmp_path}/none.sock"}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYX_BUS": f"{tmp_path}/none.sock"},
     )
     return set(done.stderr.rpartition("MODULES ")[2].split())
 
@@ -147,7 +273,9 @@ def test_starting_imports_nothing_slow(tmp_path: object, words: list[str]) -> No
     assert "pyx_cli.table" in loaded
     # What pyx_bus.errors and msgpack bring in themselves isn't the command line's.
     code = "import sys, msgpack, pyx_bus.sync; print(*sys.modules)"
-    theirs = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    theirs = set(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    )
     assert not (loaded - theirs) & set(_SLOW)
     assert not {name for name in loaded if name.startswith("pyx_") and name.split(".")[0] not in ("pyx_cli", "pyx_bus")}
 

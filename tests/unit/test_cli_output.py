@@ -15,7 +15,10 @@ from pyx_cli.terminal import DetachScanner, parse_keys
 
 
 def test_columns_line_up_as_docker_s() -> None:
-    assert output.table_lines([["ID", "NAME"], ["0123456789ab", "web"]]) == ["ID             NAME", "0123456789ab   web"]
+    assert output.table_lines([["ID", "NAME"], ["0123456789ab", "web"]]) == [
+        "ID             NAME",
+        "0123456789ab   web",
+    ]
     assert output.table_lines([["A", "B"], ["x", "y"]]) == ["A         B", "x         y"]
     assert output.table_lines([]) == []
 
@@ -28,14 +31,17 @@ def test_a_table_fits_the_terminal_where_it_may_be_cut() -> None:
     assert output.table_lines(rows, 0, (1,))[1].endswith('words"   a-name-that-stays-whole')
 
 
-@given(st.lists(st.lists(st.text("ab ", max_size=30), min_size=3, max_size=3), min_size=1, max_size=5), st.integers(0, 80))
+@given(
+    st.lists(st.lists(st.text("ab ", max_size=30), min_size=3, max_size=3), min_size=1, max_size=5), st.integers(0, 80)
+)
 def test_a_column_that_may_not_be_cut_is_not(rows: list[list[str]], width: int) -> None:
     for row, line in zip(rows, output.table_lines(rows, width, (1,)), strict=True):
         assert row[2].rstrip(" ") in line and row[0].rstrip(" ") in line
 
 
 @pytest.mark.parametrize(
-    ("size", "text"), [(0, "0B"), (999, "999B"), (1000, "1kB"), (4_261_000, "4.26MB"), (123_456_789, "123MB"), (1_500_000_000, "1.5GB")]
+    ("size", "text"),
+    [(0, "0B"), (999, "999B"), (1000, "1kB"), (4_261_000, "4.26MB"), (123_456_789, "123MB"), (1_500_000_000, "1.5GB")],
 )
 def test_sizes(size: int, text: str) -> None:
     assert output.human_size(size) == text
@@ -138,7 +144,8 @@ def test_an_event_s_line_and_filters(monkeypatch: pytest.MonkeyPatch) -> None:
     for wanted, ok in (
         ({"type": ["container"]}, True), ({"type": ["image"]}, False), ({"event": ["start", "die"]}, True), ({"event": ["die"]}, False),
         ({"container": ["web"]}, True), ({"container": ["abcd"]}, True), ({"container": ["x"]}, False), ({"image": ["busybox"]}, True),
-        ({"label": ["a"]}, True), ({"label": ["a=c"]}, False), ({"volume": ["web"]}, False), ({"type": ["container"], "event": ["die"]}, False),
+        ({"label": ["a"]}, True), ({"label": ["a=c"]}, False),
+         ({"volume": ["web"]}, False), ({"type": ["container"], "event": ["die"]}, False),
     ):  # fmt: skip
         assert events.matches(event, wanted) is ok, wanted
     ran = events.document("container.exec_start", 0, {"id": "x", "attributes": {"command": "ls -l", "execID": "1"}})

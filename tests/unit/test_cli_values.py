@@ -76,7 +76,14 @@ def test_environment(tmp_path: object) -> None:
     path = f"{tmp_path}/env"
     with open(path, "w") as file:
         file.write("\ufeff# comment\n\nA=1\n  B=x y\nHOST\nGONE\n")
-    assert values.environment(["C=", "HOST", "GONE", "D=a=b"], [path], {"HOST": "h"}) == ["A=1", "B=x y", "HOST=h", "C=", "HOST=h", "D=a=b"]
+    assert values.environment(["C=", "HOST", "GONE", "D=a=b"], [path], {"HOST": "h"}) == [
+        "A=1",
+        "B=x y",
+        "HOST=h",
+        "C=",
+        "HOST=h",
+        "D=a=b",
+    ]
     with open(path, "w") as file:
         file.write("A B=1\n")
     with pytest.raises(CliError, match="contains whitespaces"):
@@ -123,7 +130,8 @@ def test_published_ports(text: str, expected: list[tuple[object, ...]]) -> None:
     ("text", "message"),
     [
         ("", "no port specified"), ("x:80", "invalid port"), ("80:99999", "invalid port"), ("1-2:3", "invalid ranges"),
-        ("5-4:5-4", "smaller than the start"), ("300.1.1.1:1:2", "invalid IP"), ("[::1]:80", "ip::container"), ("80/sctpx", "invalid proto"),
+        ("5-4:5-4", "smaller than the start"), ("300.1.1.1:1:2",
+         "invalid IP"), ("[::1]:80", "ip::container"), ("80/sctpx", "invalid proto"),
         ("a:b:c:d", "invalid"),
     ],
 )  # fmt: skip
@@ -141,7 +149,10 @@ def test_exposed_ports() -> None:
 def test_ports_are_shown_as_docker_shows_them() -> None:
     assert ports.merge([{"container_port": 80, "host_port": 8080}]) == "0.0.0.0:8080->80/tcp"
     assert ports.merge([{"container_port": 80, "host_port": 8080, "host_ip": "::"}]) == "[::]:8080->80/tcp"
-    assert ports.merge([{"container_port": p, "host_port": p + 8000} for p in (80, 81, 82)]) == "0.0.0.0:8080-8082->80-82/tcp"
+    assert (
+        ports.merge([{"container_port": p, "host_port": p + 8000} for p in (80, 81, 82)])
+        == "0.0.0.0:8080-8082->80-82/tcp"
+    )
     assert ports.merge([{"container_port": 80}, {"container_port": 53, "protocol": "udp"}]) == "53/udp, 80/tcp"
 
 
@@ -150,17 +161,25 @@ def test_ports_are_shown_as_docker_shows_them() -> None:
     [
         ("/data", {"type": "volume", "target": "/data"}),
         ("vol:/data", {"type": "volume", "source": "vol", "target": "/data"}),
-        ("vol:/data/:ro,nocopy", {"type": "volume", "source": "vol", "target": "/data", "read_only": True, "no_copy": True}),
+        (
+            "vol:/data/:ro,nocopy",
+            {"type": "volume", "source": "vol", "target": "/data", "read_only": True, "no_copy": True},
+        ),
         ("/a:/b", {"type": "bind", "source": "/a", "target": "/b", "create_source": True}),
         ("./a:/b:z", {"type": "bind", "source": "/cwd/a", "target": "/b", "create_source": True, "selinux_label": "z"}),
-        ("../a:/b:rshared,cached", {"type": "bind", "source": "/a", "target": "/b", "create_source": True, "propagation": "rshared"}),
+        (
+            "../a:/b:rshared,cached",
+            {"type": "bind", "source": "/a", "target": "/b", "create_source": True, "propagation": "rshared"},
+        ),
     ],
 )
 def test_volumes(text: str, expected: dict[str, object]) -> None:
     assert mounts.volume(text, "/cwd") == expected
 
 
-@pytest.mark.parametrize("text", ["", ":", "a:", ":/b", "a:b", "/a:/", "v:/b:what", "a b:/c", "x:/b", "a:/b:ro:rw", "vol:/b:rshared"])
+@pytest.mark.parametrize(
+    "text", ["", ":", "a:", ":/b", "a:b", "/a:/", "v:/b:what", "a b:/c", "x:/b", "a:/b:ro:rw", "vol:/b:rshared"]
+)
 def test_bad_volumes(text: str) -> None:
     with pytest.raises(CliError) as caught:
         mounts.volume(text, "/cwd")
@@ -174,7 +193,8 @@ def test_bad_volumes(text: str) -> None:
         ("type=bind,src=/a,dst=/b,bind-propagation=shared", {"type": "bind", "source": "/a", "target": "/b", "propagation": "shared"}),
         ("source=v,destination=/b,volume-nocopy", {"type": "volume", "source": "v", "target": "/b", "no_copy": True}),
         ('type=bind,"source=/a,b",target=/c,ro=false', {"type": "bind", "source": "/a,b", "target": "/c", "read_only": False}),
-        ("type=tmpfs,target=/t,tmpfs-size=1m,tmpfs-mode=700", {"type": "tmpfs", "target": "/t", "tmpfs_size_bytes": 1 << 20, "tmpfs_mode": 0o700}),
+        ("type=tmpfs,target=/t,tmpfs-size=1m,tmpfs-mode=700", {"type": "tmpfs",
+         "target": "/t", "tmpfs_size_bytes": 1 << 20, "tmpfs_mode": 0o700}),
         ("target=/b,volume-driver=d,volume-opt=a=b,volume-label=c=d",
          {"type": "volume", "target": "/b", "driver": "d", "driver_options": {"a": "b"}, "labels": {"c": "d"}}),
     ],
@@ -186,8 +206,10 @@ def test_mounts(text: str, expected: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "pair"), ("type=bind,target=/b", "source is required"), ("type=bind,source=/a", "target is required"), ("type=x,target=/b", "invalid mount type"),
-        ("type=tmpfs,source=/a,target=/b", "source must not"), ("type=bind,source=a,target=/b", "must be absolute"), ("what=1,target=/b", "unexpected key"),
+        ("", "pair"), ("type=bind,target=/b", "source is required"), ("type=bind,source=/a",
+         "target is required"), ("type=x,target=/b", "invalid mount type"),
+        ("type=tmpfs,source=/a,target=/b", "source must not"), ("type=bind,source=a,target=/b",
+         "must be absolute"), ("what=1,target=/b", "unexpected key"),
         ("type=bind,source=/a,target=/b,tmpfs-size=1", "cannot mix"), ('"a', "quoted"), ("type=tmpfs,target=/t,tmpfs-mode=9", "octal"),
     ],
 )  # fmt: skip
@@ -200,5 +222,6 @@ def test_bad_mounts(text: str, message: str) -> None:
 def test_tmpfs() -> None:
     assert mounts.tmpfs("/run") == {"type": "tmpfs", "target": "/run"}
     assert mounts.tmpfs("/run:size=64m,mode=755,noexec,ro") == {
-        "type": "tmpfs", "target": "/run", "tmpfs_size_bytes": 64 << 20, "tmpfs_mode": 0o755, "tmpfs_options": ["noexec"], "read_only": True,
+        "type": "tmpfs", "target": "/run", "tmpfs_size_bytes": 64 << 20,
+        "tmpfs_mode": 0o755, "tmpfs_options": ["noexec"], "read_only": True,
     }  # fmt: skip

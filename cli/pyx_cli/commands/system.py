@@ -66,10 +66,10 @@ def version(options: Options) -> int:
             info = connection.call("containerd.info", timeout_s=10)
         except Unavailable:
             info = {}
+        found_services = items(connection.call("bus.services"), "services")
+        components = [{"Name": text(one, "name"), "Version": text(one, "version")} for one in found_services]
         server = {
-            "Components": [
-                {"Name": text(one, "name"), "Version": text(one, "version")} for one in sorted(items(connection.call("bus.services"), "services"), key=str)
-            ],
+            "Components": sorted(components, key=lambda one: one["Name"]),
             "DefaultRuntime": text(info, "default_runtime"),
             "RuntimeVersion": text(info, "runtime_version"),
             "KernelVersion": text(info, "kernel_version"),
@@ -86,7 +86,7 @@ def version(options: Options) -> int:
         print(f" {'OS/Arch:':<16}{client['Os']}/{client['Arch']}")
         if server is not None:
             print("\nServer:")
-            print(f" {'Runtime:':<16}{server['DefaultRuntime']} {server['RuntimeVersion']}".rstrip())
+            print(f" {'Runtime:':<16}{server['DefaultRuntime']}, {server['RuntimeVersion']}")
             print(f" {'Kernel:':<16}{server['KernelVersion']}")
             for one in items(server, "Components"):
                 print(f" {text(one, 'Name') + ':':<16}{text(one, 'Version')}")
@@ -149,7 +149,8 @@ def info(options: Options) -> int:
         f"Images: {images}",
         f"Runtimes: {' '.join(sorted(runtimes))}",
         *(f" {name}: {runtimes[name]}" for name in sorted(runtimes)),
-        f"Default runtime: {data['DefaultRuntime']} {data['RuntimeVersion']}".rstrip(),
+        f"Default runtime: {data['DefaultRuntime']}",
+        f" Version: {data['RuntimeVersion']}",
         f" Why: {data['RuntimeReason']}",
         f"Cgroup driver: {data['CgroupDriver']}",
         f"Cgroup version: {data['CgroupVersion']}",
