@@ -248,7 +248,8 @@ async def wait_nothing_left(directory: Path, prefix: str, within_s: float = 10) 
     with trio.move_on_after(within_s):
         while leftovers(directory, prefix):
             await trio.sleep(0.02)
-    assert leftovers(directory, prefix) == []
+    found = leftovers(directory, prefix)
+    assert not found, found
 
 
 def output_of(fd: int) -> bytes:

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.imaged_support import tree
+
 from pyx_imaged import kernel
 from pyx_imaged.disk import Disk
 from pyx_imaged.drivers.base import Snapshotter
 from pyx_imaged.drivers.copy import Copy
 from pyx_imaged.drivers.overlayfs import Overlayfs
 from pyx_imaged.model import ImageID
-
-from tests.imaged_support import tree
 
 SNAPSHOTTERS: dict[str, Callable[[Path], Snapshotter]] = {
     "overlayfs": lambda root: Overlayfs(root / "l"),

@@ -270,6 +270,9 @@ async def a_udp_client_follows_its_port(directory: Path) -> None:
 async def none_and_host_networks(directory: Path) -> None:
     async with stack(directory) as pyx:
         none = await pyx.attach("one", network="none")
+        setting = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
+        assert world.inside(none.netns_path, lambda: setting.read_text().strip()) == "0"
+        assert setting.read_text().strip() != "0", "the host's own stays as it was"
         assert world.inside(none.netns_path, socket.if_nameindex) == [(1, "lo")]
         with world.inside(none.netns_path, lambda: socket.create_server(("127.0.0.1", 0))) as listener:
             client = world.inside(none.netns_path, lambda: socket.create_connection(listener.getsockname(), 2))
@@ -367,17 +370,16 @@ async def what_others_remove_is_made_again(directory: Path) -> None:
         servers = [Server(one.netns_path, "one"), Server(two.netns_path, "two")]
         assert await ask_soon(outside.netns, HOST, 8080) == f"one saw {CLIENT}"
         assert await ask_soon(outside.netns, HOST, 8081) == f"two saw {CLIENT}"
+        world.sh(f"ip link del {world.links('bridge')[0]}")
+        three = await pyx.attach("three", tcp(SERVE_TCP, 8083))
+        servers.append(Server(three.netns_path, "three"))
+        assert await ask_soon(outside.netns, HOST, 8083) == f"three saw {CLIENT}"
+        assert await ask_soon(outside.netns, HOST, 8080) == f"one saw {CLIENT}", "who was on the old bridge is on the new one"
         for server in servers:
             server.close()
-        for name in ("one", "two"):
+        for name in ("one", "two", "three"):
             world.sh("nft flush ruleset")
             await pyx.detach(name)
-        world.sh(f"ip link del {world.links('bridge')[0]}")
-        three = await pyx.attach("three", tcp(SERVE_TCP, 8080))
-        server = Server(three.netns_path, "three")
-        assert await ask_soon(outside.netns, HOST, 8080) == f"three saw {CLIENT}"
-        server.close()
-        await pyx.detach("three")
         await world.nothing_left(pyx.run)
 
 
@@ -435,7 +437,9 @@ class Process:
             "PYX_RUN": str(directory / "run"),
             "PYX_BUS": str(directory / "bus.sock"),
         }
-        self._process = subprocess.Popen([sys.executable, "-m", "pyx_netd"], env=environment)
+        # It shall not outlive a scenario that fails.
+        command = ["setpriv", "--pdeathsig", "KILL", sys.executable, "-m", "pyx_netd"]
+        self._process = subprocess.Popen(command, env=environment)
 
     def kill(self) -> None:
         self._process.send_signal(signal.SIGKILL)
@@ -480,7 +484,7 @@ async def killed_and_started_again(directory: Path) -> None:
         assert await pyx.attach("one") == one
         assert await ask_soon(outside.netns, HOST, 8080) == f"one saw {CLIENT}", "the table is back"
         assert await ask_soon(outside.netns, HOST, 5353, udp=True) == f"one saw {CLIENT}"
-        assert [Path(mount).name for mount in world.namespace_mounts()] == ["one"]
+        assert world.namespace_mounts(pyx.run) == ["one"]
         with refused(Conflict, "port is already allocated"):
             await pyx.attach("two", tcp(SERVE_TCP, 8080))
         two = await pyx.attach("two", tcp(SERVE_TCP, 8082))
@@ -520,7 +524,7 @@ async def killed_at_any_moment(directory: Path) -> None:
             await _answers(bus)
             kept = set((await pyx.inspect())["Containers"])
             assert answered and kept >= set(answered)
-            mounted = {Path(mount).name for mount in world.namespace_mounts()}
+            mounted = set(world.namespace_mounts(pyx.run))
             assert mounted == kept
             await world.eventually(lambda: len(world.links("veth")) == len(kept), "as many veths as containers")  # noqa: B023
             await bus.call(netd.RETAIN, Retain(container_ids=[], before_ns=time.time_ns()))

@@ -175,8 +175,10 @@ def published_elements() -> str:
     return "".join(line for line in sh("nft list ruleset").splitlines(True) if "elements" in line or " : 172." in line)
 
 
-def namespace_mounts() -> list[str]:
-    return [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines() if " - nsfs " in line]
+def namespace_mounts(run: Path) -> list[str]:
+    """The names of the namespaces mounted below a netd's run directory. (Other stacks' mounts were copied with the mount namespace.)"""
+    paths = [Path(line.split()[4]) for line in Path("/proc/self/mountinfo").read_text().splitlines() if " - nsfs " in line]
+    return [path.name for path in paths if path.is_relative_to(run)]
 
 
 class _All(conntrack.Stale):
@@ -200,6 +202,6 @@ def flows_answered_by(address: str) -> list[conntrack.Flow]:
 async def nothing_left(run: Path) -> None:
     """No trace of a container in the kernel or on disk."""
     await eventually(lambda: links("veth") == [], "no veth left")
-    assert namespace_mounts() == []
+    assert namespace_mounts(run) == []
     assert list((run / "ns").iterdir()) == []
     assert published_elements() == ""

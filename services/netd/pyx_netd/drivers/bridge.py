@@ -27,6 +27,8 @@ from ..model import CONTAINER_INTERFACE, Attachment, Network, mac_of
 from ..sandbox import NamespacePool
 from .base import Order
 
+_FORGET_DELAY_S = 0.2
+
 
 @dataclass(frozen=True, slots=True)
 class _Ready:
@@ -60,8 +62,9 @@ class BridgeDriver:
         self._route = RouteSocket()
         self._netfilter = NetfilterSocket()
         self._reservations = Reservations()
-        self._published: dict[str, tuple[nft.Published, ...]] = {}
+        self._attached: dict[str, Attachment] = {}
         self._stale: list[conntrack.Stale] = []
+        self._hurry = trio.Event()
         self._watching = trio.CancelScope()
         self._preparing = trio.Lock()
         self._ready: _Ready | None = None
@@ -77,8 +80,7 @@ class BridgeDriver:
             taken = [ipaddress.IPv4Address(attachment.address) for attachment in attachments]
             self._addresses = ipam.AddressPool(subnet, ipam.gateway_of(subnet), taken, self._first_cursor)
         for attachment in attachments:
-            if attachment.ports:
-                self._published[attachment.container_id] = tuple((port, attachment.address) for port in attachment.ports)
+            self._attached[attachment.container_id] = attachment
             try:
                 self._reservations.reserve(attachment.ports)
             except BusError as error:
@@ -122,8 +124,9 @@ class BridgeDriver:
             around = host.surroundings(self._bridge)
             subnet = self._choose_subnet(around, in_use)
             gateway = ipaddress.IPv4Interface(f"{ipam.gateway_of(subnet)}/{subnet.prefixlen}")
-            index = host.ensure_bridge(self._bridge, gateway, around.mtu)
-        published = [item for items in self._published.values() for item in items]
+            members = [attachment.host_interface for attachment in self._attached.values()]
+            index = host.ensure_bridge(self._bridge, gateway, around.mtu, members)
+        published = [item for attachment in self._attached.values() for item in _published(attachment)]
         host.load_ruleset(nft.ruleset(self._table, self._bridge, str(subnet), published))
         network = replace(
             self._network, subnet=str(subnet), gateway=str(gateway.ip), bridge=self._bridge, mtu=around.mtu
@@ -200,6 +203,7 @@ class BridgeDriver:
                 raise syscalls.failure("connect the container to the bridge", error) from error
             finally:
                 namespace.close()
+            self._attached[attachment.container_id] = attachment
             if attachment.ports:
                 await self._publish(attachment)
         except BaseException:
@@ -237,10 +241,8 @@ class BridgeDriver:
         )
 
     async def _publish(self, attachment: Attachment) -> None:
-        published = tuple((port, attachment.address) for port in attachment.ports)
-        self._published[attachment.container_id] = published
         try:
-            self._netfilter.commit(nft.publish(self._table, published))
+            self._netfilter.commit(nft.publish(self._table, _published(attachment)))
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.EEXIST, errno.EBUSY):
                 raise syscalls.failure("publish the ports", error) from error
@@ -255,7 +257,8 @@ class BridgeDriver:
     def detach(self, attachment: Attachment) -> None:
         """0.3 ms: an nftables transaction, an unmount."""
         failures: list[OSError] = []
-        published = self._published.pop(attachment.container_id, ())
+        known = self._attached.pop(attachment.container_id, None)
+        published = _published(known) if known is not None else ()
         if published:
             try:
                 self._withdraw(published)
@@ -288,13 +291,22 @@ class BridgeDriver:
                         raise
 
     def _forget_soon(self, stale: conntrack.Stale) -> None:
-        """Drop tracked flows behind the answer. One walk through the kernel's table (9 ms) serves all that is asked for meanwhile."""
+        """Drop tracked flows behind the answer.
+
+        A walk through the kernel's table takes 9 ms of a CPU however few entries it has, so one serves all containers that end
+        together. Nobody waits for it: an address isn't given again at once. Only a port that was just published is in a hurry.
+        """
         self._stale.append(stale)
+        if stale.ports:
+            self._hurry.set()
         if len(self._stale) == 1:
             self._nursery.start_soon(self._forget)
 
     async def _forget(self) -> None:
         while self._stale:
+            with trio.move_on_after(_FORGET_DELAY_S):
+                await self._hurry.wait()
+            self._hurry = trio.Event()
             stale = tuple(self._stale)
             try:
                 # A socket of its own: walking a big table must not make the next container's ports wait.
@@ -303,6 +315,10 @@ class BridgeDriver:
                 # It costs a client the time-out of its flow, nothing else.
                 self._log.warning("can't drop tracked connections", error=str(error))
             del self._stale[: len(stale)]
+
+
+def _published(attachment: Attachment) -> tuple[nft.Published, ...]:
+    return tuple((port, attachment.address) for port in attachment.ports)
 
 
 def _forget_now(stale: tuple[conntrack.Stale, ...]) -> None:

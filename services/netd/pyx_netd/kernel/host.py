@@ -12,7 +12,7 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,8 +97,10 @@ def exists(interface: str) -> bool:
     return True
 
 
-def ensure_bridge(name: str, gateway: ipaddress.IPv4Interface, mtu: int) -> int:
+def ensure_bridge(name: str, gateway: ipaddress.IPv4Interface, mtu: int, members: Sequence[str] = ()) -> int:
     """Make the bridge, or bring one that is there into form; returns its interface index. Idempotent.
+
+    ``members`` are the interfaces that shall be its ports: they aren't any more if somebody deleted the bridge.
 
     Errors: failed_precondition (the name belongs to something that isn't a bridge), internal.
     """
@@ -126,6 +128,10 @@ def ensure_bridge(name: str, gateway: ipaddress.IPv4Interface, mtu: int) -> int:
                     broadcast=str(gateway.network.broadcast_address),
                 )  # fmt: skip
             ipr.link("set", index=index, mtu=mtu, state="up")
+            wanted = frozenset(members)
+            for link in ipr.get_links() if wanted else ():
+                if link.get_attr("IFLA_IFNAME") in wanted and link.get_attr("IFLA_MASTER") != index:
+                    ipr.link("set", index=link["index"], master=index)
     except NetlinkError as error:
         raise Internal(f'can\'t set up bridge "{name}": {error}') from error
     # Docker's way too: on, and never switched off again, since others may have come to rely on it.

@@ -21,7 +21,14 @@ from . import syscalls
 from .netlink import RouteSocket
 
 _LOOPBACK_INDEX = 1
-_NO_IPV6 = "/proc/sys/net/ipv6/conf/default/disable_ipv6"
+_SETTINGS = (
+    # Interfaces born later have no IPv6 of their own: the networks have none, and without it no link-local address has to be probed
+    # for duplicates. lo exists already and keeps ::1.
+    ("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1"),
+    # Docker's defaults for containers: who isn't root inside may listen on port 80 and send pings.
+    ("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0"),
+    ("/proc/sys/net/ipv4/ping_group_range", "0 2147483647"),
+)
 
 
 @dataclass(slots=True)
@@ -79,18 +86,24 @@ def _make_one() -> Namespace:
         raise
     try:
         route.run(rtnl.link_up(1, _LOOPBACK_INDEX))
-        # Interfaces born here later have no IPv6 of their own: the networks have none, and without it no link-local address has
-        # to be probed for duplicates. lo exists already and keeps ::1.
-        try:
-            with open(_NO_IPV6, "w") as file:
-                file.write("1")
-        except FileNotFoundError:
-            pass  # a kernel without IPv6
+        for path, value in _SETTINGS:
+            _set(path, value)
         return Namespace(fd, os.fstat(fd).st_ino, route)
     except BaseException:
         route.close()
         os.close(fd)
         raise
+
+
+def _set(path: str, value: str) -> None:
+    """Set one of the calling thread's namespace's sysctls; each is a comfort that a namespace is whole without."""
+    try:
+        with open(path, "w") as file:
+            file.write(value)
+    except OSError as error:
+        # Not there: a kernel without it. Read-only: /proc/sys of a restricted host. EINVAL: IDs beyond the user namespace's.
+        if error.errno not in (errno.ENOENT, errno.EROFS, errno.EACCES, errno.EINVAL):
+            raise
 
 
 def drop(path: str) -> None:
