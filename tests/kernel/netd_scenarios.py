@@ -337,6 +337,19 @@ async def what_is_not_retained_is_released(directory: Path) -> None:
 
 
 @scenario
+async def a_copied_mount_table_keeps_nothing(directory: Path) -> None:
+    """Whoever makes a mount namespace of its own while a container runs gets a copy of its namespace's mount."""
+    async with stack(directory) as pyx:
+        await pyx.attach("one")
+        command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", "echo ready; read end"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+            assert other.stdout is not None and other.stdout.readline() == b"ready\n"
+            await pyx.detach("one")
+            await world.nothing_left(pyx.run)
+            other.communicate(b"end\n")
+
+
+@scenario
 async def many_at_once(directory: Path) -> None:
     names = [f"c{number}" for number in range(24)]
     async with stack(directory) as pyx:
