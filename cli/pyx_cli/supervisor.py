@@ -210,6 +210,15 @@ class Stack:
                     poller.poll(5000)
             finally:
                 os.close(fd)
+        (self.run / "services").unlink(missing_ok=True)
+
+    def service_pids(self) -> dict[str, int]:
+        """What the supervisor wrote down last; its services are only those of that name and number."""
+        try:
+            lines = (self.run / "services").read_text().splitlines()
+        except FileNotFoundError:
+            return {}
+        return {words[0]: int(words[1]) for words in map(str.split, lines) if len(words) > 1}
 
     def _await_ready(self, pid: int, timeout_s: float) -> int:
         """Wait until every service is registered on the bus; CliError with what the logs say if one isn't in time."""
@@ -224,11 +233,16 @@ class Stack:
             if os.waitpid(pid, os.WNOHANG)[0]:
                 raise CliError(f"the supervisor ended at once\n{self._tail('supervisor')}")
             try:
+                if self._pidfile.read_text().strip() != str(pid):
+                    time.sleep(0.01)  # it still waits for what a killed predecessor left: those don't count
+                    continue
                 if connection is None:
                     connection = Connection(str(self.run / "bus.sock"), "pyx", 1.0)
                     connection.subscribe(["service.up"])
                 found = connection.call("bus.services", timeout_s=2.0).get("services", [])
-                missing = wanted - {str(one.get("name")) for one in found if isinstance(one, dict)}  # type: ignore[attr-defined]
+                pids = self.service_pids()
+                there = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+                missing = wanted - {str(one["name"]) for one in there if pids.get(str(one["name"])) == one.get("pid")}
                 if not missing:
                     connection.close()
                     return 0

@@ -1,0 +1,115 @@
+"""The supervisor: what dies comes back, containers outlive the stack and its supervisor, and it ends in order."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.images import busybox_tar
+
+from .conftest import Stack, wait_for
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[Stack]:
+    """A stack of the test's own, to be mistreated."""
+    stack = Stack(tmp_path / "root", tmp_path / "run")
+    stack.pyx("system", "up", "--detach", check=True)
+    yield stack
+    if stack.pyx("ps").returncode:
+        stack.pyx("system", "up", "--detach", check=True)
+    ids = stack.pyx("ps", "-aq", check=True).stdout.split()
+    if ids:
+        stack.pyx("rm", "-f", *ids, check=True)
+    stack.pyx("system", "down", check=True)
+    wait_for(lambda: not stack.leftovers(), 10, f"a clean host; left: {stack.leftovers()}")
+
+
+def _supervisor(stack: Stack) -> int:
+    return int((stack.run / "supervisor.pid").read_text())
+
+
+def _alive(pid: int) -> bool:
+    """A process that has ended but isn't reaped yet doesn't count."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _name(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text().strip()
+
+
+def test_containers_outlive_the_stack_and_a_killed_supervisor(own: Stack, tmp_path: Path) -> None:
+    own.pyx("import", str(busybox_tar(tmp_path / "busybox.tar")), "busybox", check=True)
+    own.pyx("run", "-d", "--name", "lasting", "busybox", "sh", "-c", "while :; do echo tick; sleep 0.1; done", check=True)
+    pid = own.pyx("inspect", "-f", "{{.State.Pid}}", "lasting", check=True).stdout.strip()
+
+    down = own.pyx("system", "down", check=True)
+    assert "1 container goes on running" in down.stderr
+    assert _alive(int(pid))
+    assert own.pyx("ps").returncode == 1
+    own.pyx("system", "up", "--detach", check=True)
+    assert own.state("lasting") == "running"
+
+    services = [own.service_pid(name) for name in ("busd", "containerd", "logd")]
+    os.kill(_supervisor(own), signal.SIGKILL)
+    wait_for(lambda: not any(_alive(service) for service in services), 15, "the services' end")
+    assert _alive(int(pid))
+    own.pyx("system", "up", "--detach", check=True)
+    assert own.pyx("inspect", "-f", "{{.State.Pid}}", "lasting", check=True).stdout.strip() == pid
+    assert own.pyx("exec", "lasting", "echo", "alive").stdout == "alive\n"
+
+
+def test_up_again_right_after_kill_waits_for_the_old_services(own: Stack) -> None:
+    old = own.service_pid("containerd")
+    os.kill(_supervisor(own), signal.SIGKILL)
+    own.pyx("system", "up", "--detach", check=True)
+    assert not _alive(old)
+    assert own.pyx("ps", check=True).stdout.startswith("CONTAINER ID")
+
+
+def test_each_service_is_a_process_of_its_name_and_comes_back(own: Stack) -> None:
+    for name in ("busd", "containerd", "imaged", "logd", "netd", "volumed"):
+        pid = own.service_pid(name)
+        assert _name(pid) == f"pyx-{name}"
+        assert Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0] == f"pyx-{name}".encode()
+        assert len(os.listdir(f"/proc/{pid}/fd")) < 64
+    assert _name(_supervisor(own)) == "pyx-supervisor"
+    old = own.service_pid("imaged")
+    os.kill(old, signal.SIGKILL)
+    wait_for(lambda: own.service_pid("imaged") != old, 5, "a new imaged")
+    wait_for(lambda: own.pyx("images").returncode == 0, 10, "an answer of the new imaged")
+
+
+def test_in_the_foreground_it_ends_with_ctrl_c(tmp_path: Path) -> None:
+    stack = Stack(tmp_path / "root", tmp_path / "run")
+    with open(tmp_path / "out", "wb") as out, stack.popen("system", "up", stdout=out, stderr=out) as process:
+        wait_for(lambda: stack.pyx("version").returncode == 0, 20, "a stack")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+    wait_for(lambda: not stack.leftovers(), 10, "a clean host")
+
+
+def test_what_does_not_get_ready_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A configuration that no service can read: up says which services are missing, and shows why."""
+    config = tmp_path / "config.toml"
+    config.write_text("this is not toml")
+    stack = Stack(tmp_path / "root", tmp_path / "run")
+    stack.env["PYX_CONFIG"] = str(config)
+    done: subprocess.CompletedProcess[Any] = stack.pyx("system", "up", "--detach", "--timeout", "2s")
+    try:
+        assert done.returncode == 1
+        assert "not ready within 2 s: containerd, imaged, logd, netd, volumed" in done.stderr
+        assert "cannot read the configuration file" in done.stderr and "hint: " in done.stderr
+    finally:
+        stack.pyx("system", "down", check=True)
+    assert not stack.leftovers()
