@@ -59,7 +59,8 @@ def _cwd(entry: Path) -> str:
 
 @pytest.fixture
 def unchanged(stack: Any) -> Iterator[None]:
-    """The test must leave everything as it was."""
+    """The test must leave everything as it was, once the background clean-up of those before it is through."""
+    wait_for(lambda: not traces(stack)["bundles"], 10, "the end of earlier clean-ups")
     before = traces(stack)
     yield
     assert_as(stack, before)
