@@ -491,6 +491,7 @@ async def killed_and_started_again(directory: Path) -> None:
         Path(half).touch()
         world.sh(f"unshare --net={half} true; umount {gone.netns_path}")
         world.sh("nft flush ruleset")
+        thief = socket.create_server(("127.0.0.1", 8080))
 
         process = Process(directory)
         await _answers(bus)
@@ -498,8 +499,10 @@ async def killed_and_started_again(directory: Path) -> None:
         assert await ask_soon(outside.netns, HOST, 8080) == f"one saw {CLIENT}", "the table is back"
         assert await ask_soon(outside.netns, HOST, 5353, udp=True) == f"one saw {CLIENT}"
         assert world.namespace_mounts(pyx.run) == ["one"]
-        with refused(Conflict, "port is already allocated"):
-            await pyx.attach("two", tcp(SERVE_TCP, 8080))
+        thief.close()
+        for port in (tcp(SERVE_TCP, 8080), udp(SERVE_UDP, 5353)):
+            with refused(Conflict, "port is already allocated"):
+                await pyx.attach("two", port)
         two = await pyx.attach("two", tcp(SERVE_TCP, 8082))
         assert address_of(two) not in (address_of(one), address_of(gone)), "the round goes on where it was"
         server.close()

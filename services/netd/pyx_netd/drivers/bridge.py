@@ -81,9 +81,7 @@ class BridgeDriver:
             self._addresses = ipam.AddressPool(subnet, ipam.gateway_of(subnet), taken, self._first_cursor)
         for attachment in attachments:
             self._attached[attachment.container_id] = attachment
-            try:
-                self._reservations.reserve(attachment.ports)
-            except BusError as error:
+            for error in self._reservations.restore(attachment.ports):
                 # Somebody took the port while netd was away. The container keeps it as far as DNAT goes, which comes first.
                 self._log.warning("can't reserve a published port again", container=attachment.container_id, error=str(error))
         try:

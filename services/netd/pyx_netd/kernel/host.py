@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import ipaddress
 import os
 import socket
@@ -24,6 +25,7 @@ from pyx_bus.errors import DeadlineExceeded, FailedPrecondition, Internal, Unava
 _SYSCTL = Path("/proc/sys/net")
 _TABLE_LOCAL = 255
 _DEFAULT_MTU = 1500
+_LOCK_FILE = "/run/pyx-subnets.lock"
 _LOCK_TIMEOUT_S = 20.0
 _NFT_TIMEOUT_S = 20.0
 
@@ -44,22 +46,22 @@ def boot_id() -> str:
 def subnet_lock() -> Iterator[None]:
     """Only one stack at a time picks a subnet, from looking round until its bridge has it.
 
-    An abstract socket: it belongs to this network namespace, as the routes do, and vanishes with a killed holder.
+    The lock is a file's, in a directory only root writes to, so that nobody else can hold it; it vanishes with a killed holder.
     """
     deadline = time.monotonic() + _LOCK_TIMEOUT_S
-    lock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    with lock:
+    fd = os.open(_LOCK_FILE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
         while True:
             try:
-                lock.bind("\0pyx-netd-subnets")
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE:
-                    raise
-            if time.monotonic() > deadline:
-                raise DeadlineExceeded("another stack has been picking its subnet for too long")
-            time.sleep(0.01)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise DeadlineExceeded("another stack has been picking its subnet for too long") from None
+                time.sleep(0.005)
         yield
+    finally:
+        os.close(fd)
 
 
 def surroundings(bridge: str) -> Surroundings:

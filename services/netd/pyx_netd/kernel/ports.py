@@ -23,11 +23,18 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+_Key = tuple[str, str, int]
+
+
+def _key(port: Port) -> _Key:
+    return port.protocol, port.host_ip, port.host_port
+
+
 class Reservations:
-    """The ports this process holds, by themselves: two containers can't hold equal ones."""
+    """The ports this process holds. One whose socket somebody else got while netd was away is held by name alone."""
 
     def __init__(self) -> None:
-        self._held: dict[Port, socket.socket] = {}
+        self._held: dict[_Key, socket.socket | None] = {}
 
     def __len__(self) -> int:
         return len(self._held)
@@ -40,24 +47,40 @@ class Reservations:
         reserved: list[Port] = []
         try:
             for port in ports:
+                if _key(port) in self._held:
+                    raise _refusal(port, OSError(errno.EADDRINUSE, "address already in use"))
                 bound = _bind(port)
                 port = replace(port, host_port=bound.getsockname()[1])
-                self._held[port] = bound
+                self._held[_key(port)] = bound
                 reserved.append(port)
         except BaseException:
             self.release(reserved)
             raise
         return tuple(reserved)
 
+    def restore(self, ports: Iterable[Port]) -> list[BusError]:
+        """Hold again what was reserved before a restart. Whatever comes of it they're held; returns why some have no socket."""
+        problems: list[BusError] = []
+        for port in ports:
+            try:
+                self._held[_key(port)] = _bind(port)
+            except BusError as error:
+                self._held[_key(port)] = None
+                problems.append(error)
+        return problems
+
     def release(self, ports: Iterable[Port]) -> None:
         """Idempotent."""
         for port in ports:
-            bound = self._held.pop(port, None)
+            bound = self._held.pop(_key(port), None)
             if bound is not None:
                 bound.close()
 
     def close(self) -> None:
-        self.release(list(self._held))
+        for bound in self._held.values():
+            if bound is not None:
+                bound.close()
+        self._held.clear()
 
 
 def _bind(port: Port) -> socket.socket:

@@ -36,7 +36,10 @@ def unmount(target: str) -> None:
     _check(_libc.umount2(target.encode(), _MNT_DETACH | _UMOUNT_NOFOLLOW), "umount2", target)
 
 
-_EXHAUSTED = frozenset((errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EDQUOT))
+_EXHAUSTED = frozenset(
+    # EXFULL: a bridge has 1023 ports at most
+    (errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EDQUOT, errno.EXFULL)
+)
 
 
 def failure(doing: str, error: OSError) -> BusError:
