@@ -201,7 +201,10 @@ class Engine:
             if live.shim is not None:
                 live.shim.close()
         self.zygote.close()
-        kernel.remove_cgroup(f"{self.cgroup_parent}/warm")
+        for _ in range(20):  # the last warm-up's process may still be on its way out
+            if kernel.remove_cgroup(f"{self.cgroup_parent}/warm"):
+                break
+            time.sleep(0.005)
         for place in kernel.cgroup_directories(self.cgroup_parent):
             try:
                 place.rmdir()

@@ -23,8 +23,6 @@ def info(engine: Engine) -> SystemInfo:
     warnings = []
     if choice is not None and not choice.name:
         warnings.append(f"no OCI runtime works on this host: {choice.reason}")
-    if mode != "v2":
-        warnings.append(f"cgroups are in {mode} mode; crun and newer tools want v2")
     return SystemInfo(
         containers=len(states),
         containers_running=running,

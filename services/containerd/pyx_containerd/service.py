@@ -47,13 +47,9 @@ async def create(engine: Engine, spec: contract.ContainerSpec, progress: Progres
         async def attach_network() -> None:
             sandboxes.append(await start.request_network(engine, container_id, spec, hostname, []))
 
-        try:
-            async with trio.open_nursery() as nursery:
-                if to_start and not spec.publish_all_ports:
-                    nursery.start_soon(attach_network)
-                snapshot = await prepare(engine, container_id, spec, progress)
-        except* errors.BusError as group:
-            raise start.first_error(group) from None
+        snapshot = await _both(
+            prepare(engine, container_id, spec, progress), attach_network if to_start and not spec.publish_all_ports else None
+        )
         if not to_start:
             await _check_network(engine, spec)
         record = _record(engine, spec, snapshot, container_id, name, hostname)
@@ -81,6 +77,28 @@ async def create(engine: Engine, spec: contract.ContainerSpec, progress: Progres
         engine.creating.discard(container_id)
     engine.publish(contract.ContainerCreated, live.record)
     return live
+
+
+async def _both(first: Awaitable[imaged.Snapshot], second: Callable[[], Awaitable[None]] | None) -> imaged.Snapshot:
+    """The two at once, each to its own end: a request that was cancelled could be carried out after the one that undoes it."""
+    failures: list[Exception] = []
+
+    async def guarded(action: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await action()
+        except Exception as error:
+            failures.append(error)
+
+    async with trio.open_nursery() as nursery:
+        if second is not None:
+            nursery.start_soon(guarded, second)
+        try:
+            snapshot = await first
+        except Exception as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]
+    return snapshot
 
 
 async def _uncreate(
@@ -118,7 +136,7 @@ async def prepare(
     request = imaged.PrepareSnapshot(container_id=container_id, image=spec.image, platform=spec.platform)
     if spec.pull_policy != "always":
         try:
-            return await engine.bus.call(imaged.PREPARE, request, timeout_s=SERVICE_TIMEOUT_S)
+            return await start.settled(engine, imaged.PREPARE, request)
         except errors.NotFound:
             if spec.pull_policy == "never":
                 raise
@@ -136,7 +154,7 @@ async def prepare(
                 )
             )
         await stream.result()
-    return await engine.bus.call(imaged.PREPARE, request, timeout_s=SERVICE_TIMEOUT_S)
+    return await start.settled(engine, imaged.PREPARE, request)
 
 
 async def _check_network(engine: Engine, spec: contract.ContainerSpec) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 import trio
@@ -23,6 +23,7 @@ import trio
 from pyx_bus import errors
 from pyx_bus.contract import containerd as contract
 from pyx_bus.contract import logd, netd, volumed
+from pyx_bus.contract.base import Method, Req, Res
 
 from . import bundle as bundles
 from . import end, kernel, oci, plan, shim
@@ -120,14 +121,21 @@ async def _prepare(engine: Engine, live: Live) -> None:
         live.mounted = True
     live.shim = Shim(engine.zygote.fork(bundle, live.id))
     engine.background(serve_shim, engine, live, live.shim)
-    try:
-        async with trio.open_nursery() as nursery:
-            if live.record.sandbox is None:
-                nursery.start_soon(attach_network, engine, live)
-            if live.record.attached_volumes:
-                nursery.start_soon(attach_volumes, engine, live, plan.mounts(live.record.spec, live.record.image))
-    except* errors.BusError as group:
-        raise first_error(group) from None
+    failures: list[errors.BusError] = []
+
+    async def guarded(step: Callable[..., Awaitable[None]], *arguments: object) -> None:
+        try:
+            await step(*arguments)
+        except errors.BusError as error:
+            failures.append(error)
+
+    async with trio.open_nursery() as nursery:
+        if live.record.sandbox is None:
+            nursery.start_soon(guarded, attach_network, engine, live)
+        if live.record.attached_volumes:
+            nursery.start_soon(guarded, attach_volumes, engine, live, plan.mounts(live.record.spec, live.record.image))
+    if failures:
+        raise failures[0]
 
 
 async def attach_network(engine: Engine, live: Live) -> None:
@@ -153,7 +161,15 @@ async def request_network(
         hostname=hostname,
         ports=plan.ports(spec, exposed),
     )
-    return await engine.bus.call(netd.ATTACH, request, timeout_s=SERVICE_TIMEOUT_S)
+    return await settled(engine, netd.ATTACH, request)
+
+
+async def settled(engine: Engine, method: Method[Req, Res], request: Req, fds: Sequence[int] = ()) -> Res:
+    """Ask another service for something to be held, and wait for the answer even if our own caller has gone: what was cancelled
+    halfway could come to pass after the request that undoes it. Bounded; such requests take a millisecond."""
+    with trio.CancelScope(shield=True):
+        return await engine.bus.call(method, request, fds=fds, timeout_s=SERVICE_TIMEOUT_S)
+    raise AssertionError("a shield has no deadline")
 
 
 async def attach_volumes(engine: Engine, live: Live, wanted: list[volumed.MountRequest]) -> None:
@@ -161,7 +177,7 @@ async def attach_volumes(engine: Engine, live: Live, wanted: list[volumed.MountR
     root = os.open(engine.bundle(live.id) / "rootfs", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         request = volumed.AttachVolumes(container_id=live.id, mounts=wanted)
-        attached = await engine.bus.call(volumed.ATTACH, request, fds=[root], timeout_s=SERVICE_TIMEOUT_S)
+        attached = await settled(engine, volumed.ATTACH, request, [root])
     finally:
         os.close(root)
     live.record = msgspec.structs.replace(live.record, attached_volumes=attached.mounts)
@@ -319,7 +335,7 @@ async def _kill(live: Live) -> None:
             await live.shim.kill("", 9)
         except (ProcessLookupError, errors.BusError):
             pass
-        await live.exited.wait()
+    await live.exited.wait()
 
 
 async def _undo(engine: Engine, live: Live, failure: BaseException) -> None:
