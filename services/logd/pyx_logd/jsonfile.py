@@ -22,7 +22,8 @@ import msgspec
 from .model import LINE_MAX_BYTES, Chunk
 
 PREFIX = b'{"log":"'
-_SPECIAL = bytes(i for i in range(32) if i != 10) + b'"\\<>&'
+_CONTROLS = bytes(i for i in range(32) if i != 10)
+_SPECIAL = _CONTROLS + b'"\\<>&'
 _COMMON = (  # the backslash first: the others' escapes contain one
     (b"\\", b"\\\\"),
     (b'"', b'\\"'),
@@ -100,7 +101,8 @@ def escape(text: bytes) -> bytes:
         for raw, escaped in _COMMON:
             if raw in text:
                 text = text.replace(raw, escaped)
-        text = _CONTROL.sub(lambda match: b"\\u%04x" % match[0][0], text)
+        if len(text.translate(None, _CONTROLS)) != len(text):  # other, rare ones
+            text = _CONTROL.sub(lambda match: b"\\u%04x" % match[0][0], text)
     if not text.isascii():
         try:
             text.decode()
@@ -174,12 +176,9 @@ def line_ends(block: bytes) -> list[int]:
 
 
 def unescape(text: bytes) -> bytes:
-    """The inside of a JSON string back to the bytes it stands for."""
-    escapes = text.count(b"\\")
-    if not escapes:
+    """The inside of a JSON string back to the bytes it stands for. Raises ValueError if it isn't one."""
+    if b"\\" not in text and b'"' not in text:
         return text
-    if escapes == text.count(b"\\n"):  # then every backslash is one before an n
-        return text.replace(b"\\n", b"\n")
     quoted = b'"%b"' % text
     try:
         return msgspec.json.decode(quoted, type=str).encode()
@@ -192,8 +191,12 @@ Text = tuple[str, int, bytes]
 
 _TAIL = rb'","stream":"(\w+)"(?:,"attrs":\{[^\n]*\})?,"time":"([^"\n]+)"\}\n'
 _SUFFIX = re.compile(_TAIL)
-_LINE_SEPARATOR = re.compile(rb'\\n' + _TAIL.replace(b"(", b"(?:").replace(b"(?:?:", b"(?:") + rb'(?:\{"log":")?')
-_RECORD = re.compile(rb'\{"log":"([^\n]*?)' + _TAIL)
+_SEPARATORS = {
+    stream: re.compile(rb'","stream":"%b"(?:,"attrs":\{[^\n]*\})?,"time":"[^"\n]+"\}\n\{"log":"' % stream)
+    for stream in (b"stdout", b"stderr")
+}
+_LINE_SEPARATORS = {stream: re.compile(rb"\\n" + pattern.pattern) for stream, pattern in _SEPARATORS.items()}
+_RECORD = re.compile(rb'\{"log":"([^"\n]*(?:(?<=\\)"[^"\n]*)*)' + _TAIL)
 _SPAN_BYTES = 4096
 _STRETCH_BYTES = 64 * 1024
 
@@ -206,6 +209,7 @@ def decode(block: bytes, *, times: bool = True) -> Iterable[Text]:
     """
     position, size = 0, len(block)
     span = _SPAN_BYTES
+    stretches = not times
     while position < size:
         first_end = block.find(b"\n", position) + 1
         if not first_end:
@@ -221,13 +225,14 @@ def decode(block: bytes, *, times: bool = True) -> Iterable[Text]:
         limit = min(size, position + span)
         stop = block.rfind(suffix, first_end, limit) + len(suffix)
         text: bytes | None = None
-        if stop >= position + _SPAN_BYTES // 2 or (times and stop > first_end):  # a run of records with the same suffix
+        if stop >= position + _SPAN_BYTES // 2 or (not stretches and stop > first_end):  # a run of records with the same suffix
             text = _run_text(block, position, stop, suffix)
             span = span * 4 if limit - stop < _SPAN_BYTES else _SPAN_BYTES
-        if text is None and not times:
+        if text is None and stretches:
             stop = block.rfind(b"\n", position, position + _STRETCH_BYTES) + 1
             text = _stretch_text(block, position, stop, match[1])
             span = _SPAN_BYTES
+            stretches = text is not None  # else the streams are mixed here, and will be further on
         if text is None:
             # short runs, or something odd among them: record by record, up to where it may be worth looking again
             stop = block.rfind(b"\n", position, position + _STRETCH_BYTES // 4) + 1
@@ -242,37 +247,42 @@ def decode(block: bytes, *, times: bool = True) -> Iterable[Text]:
 
 
 def _run_text(block: bytes, position: int, stop: int, suffix: bytes) -> bytes | None:
-    """The text of the records from ``position`` to ``stop`` if all of them end in ``suffix``, as the last one does."""
-    start = position + len(PREFIX)
-    end = b"\\n" + suffix
-    text = block[start : stop - len(suffix)].replace(end + PREFIX, b"\n")
-    if b'"' not in text and b"\\" not in text[:-2] and text.endswith(b"\\n"):  # nothing escaped, and no other separator
-        return text[:-2] + b"\n"
-    count = block.count(b"\n", position, stop)  # every raw newline ends a record
-    if block.count(suffix, position, stop) != count or block.count(PREFIX, position, stop) != count:
-        return None
+    """The text of the records from ``position`` to ``stop`` if all of them end in ``suffix``, as the last one does.
+
+    No count is needed to know: any other separator left in the text has quotes in it which aren't escaped, and so it isn't JSON.
+    """
+    encoded = block[position + len(PREFIX) : stop - len(suffix)]
+    if encoded.endswith(b"\\n") and not _escapes_early(encoded):
+        text = encoded[:-2].replace(b"\\n" + suffix + PREFIX, b"\n")
+        if b"\\" not in text and b'"' not in text:  # nothing else was escaped
+            return text + b"\n"
     try:
-        return unescape(block[start : stop - len(suffix)].replace(suffix + PREFIX, b""))
+        return unescape(encoded.replace(suffix + PREFIX, b""))
     except ValueError:
         return None
+
+
+def _escapes_early(encoded: bytes) -> bool:
+    """Whether the first line has escapes: others will too, so don't try without."""
+    return encoded.find(b"\\") != encoded.find(b'\\n","stream":"') != -1
 
 
 def _stretch_text(block: bytes, position: int, stop: int, stream: bytes) -> bytes | None:
-    """The text of the records from ``position`` to ``stop`` if they all are of ``stream`` and end a line, and there are several."""
-    count = block.count(b"\n", position, stop)
-    ends = block.count(b'\\n","stream":"%b"' % stream, position, stop)
-    if count < 2 or ends != count or block.count(PREFIX, position, stop) != count:
+    """The text of the records from ``position`` to ``stop`` if all are of ``stream``, whatever their times; known as in `_run_text`."""
+    if stream not in _SEPARATORS:
         return None
-    text = _LINE_SEPARATOR.sub(b"\n", block[position + len(PREFIX) : stop])
-    if b'"' not in text and b"\\" not in text:
-        return text
+    end = block.rfind(b'","stream":"%b"' % stream, position, stop)
+    if end < 0 or block.find(b"\n", end, stop) != stop - 1:
+        return None
+    encoded = block[position + len(PREFIX) : end]
+    if encoded.endswith(b"\\n") and not _escapes_early(encoded):
+        text = _LINE_SEPARATORS[stream].sub(b"\n", encoded[:-2])
+        if b"\\" not in text and b'"' not in text:
+            return text + b"\n"
     try:
-        return unescape(_ANY_SEPARATOR.sub(b"", block[position + len(PREFIX) : stop]))
+        return unescape(_SEPARATORS[stream].sub(b"", encoded))
     except ValueError:
         return None
-
-
-_ANY_SEPARATOR = re.compile(_LINE_SEPARATOR.pattern[3:])
 
 
 def _records(block: bytes, position: int, stop: int) -> Iterable[Text]:
