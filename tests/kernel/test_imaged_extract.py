@@ -253,3 +253,9 @@ def test_random_damage_never_escapes_nor_crashes(tmp_path: Path, victim: Path) -
         except OSError as error:
             assert error.errno in (28, 2, 36), f"seed {seed}: {error!r}"
     assert tree(victim) == {"keep": "original"}, f"seed {seed}"
+
+
+def test_directories_nobody_named_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyx_imaged.extract._IMPLIED_LIMIT", 10_000)
+    with pytest.raises(LimitError, match="too many directories"):
+        extract(tmp_path / "root", tar_of(("d/" * 500 + "f", "f", "")))

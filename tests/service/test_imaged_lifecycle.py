@@ -19,6 +19,7 @@ from pyx_bus import errors, testing
 from pyx_bus.client import connect
 from pyx_bus.contract import imaged as contract
 from pyx_bus.contract.base import Retain
+from pyx_imaged.api import setup
 
 SMALL = tar_of(("etc", "d", None), ("etc/x", "f", "1"))
 
@@ -299,3 +300,18 @@ async def test_the_same_layer_twice_at_once(tmp_path: Path) -> None:
         for number in range(4):
             await service.bus.call(contract.REMOVE, contract.RemoveImage(reference=f"x:{number}"))
         assert set((await service.settled()).values()) == {0}
+
+
+async def test_two_on_one_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyx_imaged.api._LOCK_WAIT_S", 0.1)
+    async with imaged(tmp_path) as service:
+        await service.import_bytes(SMALL, "a")
+        (tmp_path / "other").mkdir()
+        with pytest.raises(BaseExceptionGroup) as caught:
+            async with (
+                testing.broker(tmp_path / "other") as path,
+                testing.serve(path, "imaged", setup, root=service.root, run=tmp_path / "other/run"),
+            ):
+                pass
+        assert "another imaged works on" in str(_only(caught.value))
+        assert (await service.prepare("c", "a")).image.reference == "a:latest"

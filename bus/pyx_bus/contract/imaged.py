@@ -83,10 +83,11 @@ class ResolveImage(Message, frozen=True, kw_only=True):
 
 
 class ImportImage(Message, frozen=True, kw_only=True):
-    """A root file system's tar (plain, gzip, zstd; descriptor 0 of the request, readable) becomes an image of one layer.
+    """A root file system's tar (plain, gzip, zstd, xz, bzip2; descriptor 0 of the request, readable) becomes an image of one layer.
 
     ``changes`` are Dockerfile instructions as of ``docker import -c`` (CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, USER, VOLUME, WORKDIR,
-    STOPSIGNAL). Errors: invalid_argument (not a tar, truncated, an entry that leaves the root); nothing is kept then.
+    STOPSIGNAL). Errors: invalid_argument (not a tar, truncated, an entry that leaves the root or has an absolute path),
+    resource_exhausted (beyond the configured limits, disk full); nothing is kept then.
     """
 
     reference: str = ""
@@ -101,7 +102,11 @@ class ImageID(Message, frozen=True, kw_only=True):
 
 
 class LoadImages(Message, frozen=True, kw_only=True):
-    """A docker-archive or OCI-layout tar, compressed or not (descriptor 0 of the request, readable). Streams ``Progress``."""
+    """A docker-archive or OCI-layout tar, compressed or not (descriptor 0 of the request, readable). Streams ``Progress``.
+
+    Errors: invalid_argument (no image archive, damaged, wrong digests, a hostile layer), not_found (no image for the platform),
+    resource_exhausted. Images of the archive before the one that failed stay.
+    """
 
     platform: str = ""
 

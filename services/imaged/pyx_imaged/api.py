@@ -18,7 +18,7 @@ from pyx_bus.contract.base import Empty, Released, Retain
 from pyx_bus.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from pyx_bus.service import Call, Context, Service
 
-from . import platforms
+from . import kernel, platforms
 from .drivers.base import Snapshotter
 from .drivers.copy import Copy
 from .drivers.overlayfs import Overlayfs
@@ -28,6 +28,8 @@ from .registry import Registry
 from .service import Images
 from .transfer import Transfers
 from .workers import Workers
+
+_LOCK_WAIT_S = 5.0
 
 
 class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -113,6 +115,11 @@ async def setup(context: Context) -> Service:
     if set(str(root)) & set(":,\\"):
         raise InvalidArgument(f'the data directory\'s path can\'t have ":", "," or a backslash: "{root}"')
     root.chmod(0o711)
+    try:
+        lock = await trio.to_thread.run_sync(kernel.lock_directory, root, _LOCK_WAIT_S)
+    except BlockingIOError:
+        raise FailedPrecondition(f'another imaged works on "{root}"') from None
+    context.exit_stack.callback(os.close, lock)
     library = await trio.to_thread.run_sync(Library, root)
     context.exit_stack.callback(library.store.close)
     snapshotters = await trio.to_thread.run_sync(_snapshotters, root, library, config.snapshotter, context)

@@ -29,6 +29,7 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _LINKS_LIMIT = 40  # the kernel's own MAXSYMLINKS
 _SPARE_DESCRIPTORS = 100  # of the process's limit that aren't for the cache: a path's own walk, the file, the archive
+_IMPLIED_LIMIT = 32 << 20  # bytes of names of directories that are only implied: they're remembered and reported
 _COPY = 1 << 20
 _PATH_LIMIT = 4096
 _WHITEOUT, _OPAQUE, _META = b".wh.", b".wh..wh..opq", b".wh..wh."
@@ -72,6 +73,7 @@ class Extractor:
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._cache_limit = max(16, min(soft - _SPARE_DESCRIPTORS, 8192))
         self._next_look = 0
+        self._implied_bytes = 0
         self._stale = False
         self.result = Unpacked(implied={b""})
 
@@ -105,7 +107,7 @@ class Extractor:
             return LayerError(f'archive entry "{name}" lies below something that is no directory')
         if error.errno == errno.ENAMETOOLONG:
             return LayerError(f"archive with a name that is too long: {name[:80]}…")
-        if error.errno in (errno.EINVAL, errno.EBUSY, errno.ENOTEMPTY, errno.ENOENT, errno.EMLINK, errno.ENXIO):
+        if error.errno in (errno.EINVAL, errno.EBUSY, errno.ENOTEMPTY, errno.ENOENT, errno.EMLINK, errno.ENXIO, errno.E2BIG):
             return LayerError(f'archive entry "{name}" can\'t be made: {error.strerror}')
         return error
 
@@ -145,7 +147,7 @@ class Extractor:
             if not make:
                 raise
             os.mkdir(part, 0o755, dir_fd=parent)
-            self.result.implied.add(b"/".join(parts))
+            self._imply(parts)
             return os.open(part, _DIRECTORY, dir_fd=parent)
         except OSError as error:
             if error.errno not in (errno.ENOTDIR, errno.ELOOP):
@@ -154,9 +156,16 @@ class Extractor:
             if stat.S_ISLNK(status.st_mode):
                 return self._walk_links(parts)
             if make and kernel.is_whiteout(status):
-                self.result.implied.add(b"/".join(parts))
+                self._imply(parts)
                 return self._replace_whiteout(part, parent)
             raise
+
+    def _imply(self, parts: tuple[bytes, ...]) -> None:
+        name = b"/".join(parts)
+        self._implied_bytes += len(name)
+        if self._implied_bytes > _IMPLIED_LIMIT:
+            raise LimitError("archive with too many directories it doesn't name")
+        self.result.implied.add(name)
 
     def _replace_whiteout(self, name: bytes, parent: int) -> int:
         """A directory where the same layer had hidden what's below: it stays hidden."""

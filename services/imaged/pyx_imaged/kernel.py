@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import stat
+import time
 from pathlib import Path
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -37,13 +38,25 @@ def syncfs(path: Path) -> None:
         os.close(fd)
 
 
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def lock_directory(path: Path, wait_s: float) -> int:
+    """Take the lock of a data directory; it's held as long as the returned descriptor is open. Blocks.
+
+    Raises BlockingIOError if somebody else still holds it after ``wait_s`` seconds.
+    """
+    fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + wait_s
     try:
-        os.fsync(fd)
-    finally:
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return fd
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)  # a predecessor that's ending
+    except BaseException:
         os.close(fd)
+        raise
 
 
 def detached_overlay(lower: Path, upper: Path, work: Path) -> int:

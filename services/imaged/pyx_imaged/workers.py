@@ -55,12 +55,12 @@ class SpoolResult(msgspec.Struct, frozen=True):
 
 
 class Workers:
-    """Runs jobs, as many at a time as the host has CPUs: more would only take each other's time and memory."""
+    """Runs jobs, a bounded number at a time. More than the host has CPUs: a job may wait for a slow registry or client."""
 
     def __init__(self, limits: Limits, *, allow_absolute: bool) -> None:
         self._limits = limits
         self._allow_absolute = allow_absolute
-        self._slots = trio.CapacityLimiter(max(2, len(os.sched_getaffinity(0))))
+        self._slots = trio.CapacityLimiter(max(8, 2 * len(os.sched_getaffinity(0))))
 
     async def unpack(
         self, source: int, root: Path, *, base: bool, blob: Path | None, strict_end: bool, progress: Progress
