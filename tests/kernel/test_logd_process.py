@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ import trio
 from pyx_bus import testing
 from pyx_bus.client import Bus, connect
 from pyx_bus.contract import logd
-from pyx_bus.errors import BusError
+from pyx_bus.errors import BusError, InvalidArgument, Unavailable
 
 ID = "ab" * 32
 
@@ -96,6 +96,42 @@ async def test_no_line_is_lost_or_doubled_when_logd_is_killed(tmp_path: Path) ->
         texts = [json.loads(line)["log"] for line in lines]
         assert texts == [f"line {number} {'x' * (number % 90)}\n" for number in range(60_000)]
         assert list((tmp_path / "run" / "logd").iterdir()) == []
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+async def test_who_waits_for_the_end_waits_for_a_restarted_logd(tmp_path: Path, end: int) -> None:
+    out_read, out = os.pipe()
+    err_read, err = os.pipe()
+    async with stack(tmp_path) as (bus, process):
+        await open_log(bus, out_read, err_read)
+        path = tmp_path / "root" / "logd" / ID / f"{ID}-json.log"
+        os.write(out, b"first\nunfinished ")
+        with trio.fail_after(5):
+            while not path.read_bytes():
+                await trio.sleep(0.005)
+        await trio.to_thread.run_sync(process.end, end)
+        os.write(out, b"line\nlast")
+        os.close(out)
+        os.close(err)
+        process.start()
+        stored_at_the_end: list[str] = []
+
+        async def wait() -> None:
+            await bus.call(logd.WAIT_DRAINED, logd.WaitDrained(container_id=ID, run=1), timeout_s=10)
+            stored_at_the_end.extend(json.loads(line)["log"] for line in path.read_bytes().splitlines())
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait)
+            with trio.fail_after(10), suppress(InvalidArgument):  # it needs a descriptor: so logd is there
+                while True:
+                    with suppress(Unavailable):
+                        await bus.call(logd.READ, logd.ReadLogs(container_id=ID), timeout_s=5)
+                    await trio.sleep(0.01)
+            assert not stored_at_the_end
+            await open_log(bus, out_read, err_read)
+        assert stored_at_the_end == ["first\n", "unfinished line\n", "last"]
+    os.close(out_read)
+    os.close(err_read)
 
 
 def mount(source: str, target: Path, options: str) -> None:

@@ -16,7 +16,12 @@ class OpenLog(Message, frozen=True, kw_only=True):
 
     Descriptors of the request: first the read ends named by ``streams`` (["stdout", "stderr"], or ["tty"] with the pty master), then
     ``attached`` write ends of clients which get everything from the first byte, framed as above. ``run`` counts the container's
-    starts. Errors: invalid_argument (unknown driver or option, wrong number of descriptors).
+    starts. Errors: invalid_argument (unknown driver or option, wrong number of descriptors, a descriptor that isn't what it's said
+    to be: streams are pipes or a terminal, clients pipes or sockets), not_implemented (an option that isn't), resource_exhausted.
+
+    Guarantees: a byte read is stored once, whatever instant logd is killed at, if the same ``run`` is opened again with the same
+    streams. The write ends are never made non-blocking (a socket's is), nor is a terminal.
+    ``options`` of json-file: max-size, max-file. Drivers: json-file, none.
     """
 
     container_id: str
@@ -49,7 +54,8 @@ class AttachLog(Message, frozen=True, kw_only=True):
 
 class WaitDrained(Message, frozen=True, kw_only=True):
     """Returns when the streams of that ``run`` have ended, everything is stored, and every attached client has it. An unknown
-    container or run counts as drained."""
+    container or run counts as drained; one that was being read when logd was killed does only if `OpenLog` doesn't bring its
+    streams back within two seconds."""
 
     container_id: str
     run: int

@@ -36,8 +36,10 @@ class AttachVolumes(Message, frozen=True, kw_only=True):
     """Prepare a container's mounts and hold them for it. Idempotent under the container's ID.
 
     Descriptor 0 of the request, if given, is the container's root directory: a new volume is filled with what it has at the target
-    (never following a link out of that root). Errors: invalid_argument (bad path, bad option, duplicate target), not_found (a bind
-    source that isn't there). A failed attach leaves no reference and no new volume behind.
+    (never following a link out of that root), as is an empty one that's there already. Asked again, a mount without a ``source``
+    gets the volume it got before. Errors: invalid_argument (bad path, bad option, duplicate target), not_found (a bind source that
+    isn't there, an unknown driver), conflict (the volume exists with another driver or options), not_implemented (a quota),
+    failed_precondition (its device can't be mounted). A failed attach leaves no reference and no new volume behind.
     """
 
     container_id: str

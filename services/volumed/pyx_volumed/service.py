@@ -173,7 +173,8 @@ class VolumeService:
         for mount in planned:
             if mount.volume is not None:
                 self._driver_of_request(mount.request)
-        await self._blocking(_check_binds, planned)
+        if any(mount.request.type == "bind" for mount in planned):
+            await self._blocking(_check_binds, planned)
         names = [mount.volume for mount in planned if mount.volume]
         async with self._locks.hold([f"/{container}", *names]):
             return await self._attach(container, planned, root_fd)
