@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+import trio
 from tests import images
 from tests.imaged_support import imaged, tar_of
 
@@ -164,6 +165,39 @@ async def test_a_broken_download_goes_on(
             with pytest.raises(errors.Unavailable, match="download of sha256:"):
                 await service.pull(f"{server.address}/some/repo:x")
             assert set((await service.settled()).values()) == {0}
+
+
+@pytest.mark.parametrize("how", ["unavailable", "cancelled"])
+async def test_an_interrupted_pull_goes_on_with_the_next(
+    tmp_path: Path, server: Server, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of two layers came whole, then the registry broke down: asked again, only the second one is fetched."""
+    monkeypatch.setattr(pyx_imaged.registry, "_PAUSE_S", 0.01)
+    server.layout = images.oci_layout(tmp_path / "two", [tar_of(("small", "f", "s")), LAYER], compress="none")
+    server.break_after, server.ranges = 600_000, False
+    if how == "cancelled":
+        monkeypatch.setattr(pyx_imaged.registry, "_PAUSE_S", 1000.0)
+    async with imaged(tmp_path / "i") as service:
+        name = f"{server.address}/some/repo:x"
+        if how == "unavailable":
+            with pytest.raises(errors.Unavailable):
+                await service.pull(name)
+        else:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(service.pull, name)
+                with trio.fail_after(10):
+                    while not service.kept()["layers"]:
+                        await trio.sleep(0.01)
+                nursery.cancel_scope.cancel()
+        with trio.fail_after(10):
+            while service.kept()["ingest"]:
+                await trio.sleep(0.01)
+        assert await service.settled() == {"blobs/sha256": 1, "layers": 1, "snapshots": 0, "ingest": 0, "trash": 0}
+        server.break_after = 0
+        server.requests.clear()
+        await service.pull(name)
+        assert [item.status for item in service.progress].count("Already exists") == 1
+        assert len([request for request in server.requests if "/blobs/" in request]) == 2  # the config and one layer
 
 
 @pytest.mark.parametrize(

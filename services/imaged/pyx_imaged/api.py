@@ -128,7 +128,8 @@ async def setup(context: Context) -> Service:
     images = Images(library, snapshotters, host, context.bus.publish)
     limits = Limits(config.max_image_bytes, config.max_layer_entries, config.min_free_bytes)
     workers = Workers(limits, allow_absolute=config.allow_absolute_names)
-    transfers = Transfers(library, workers, Registry(config.insecure_registries), host, context.bus.publish)
+    registry = Registry(config.insecure_registries)
+    transfers = Transfers(library, workers, registry, host, context.bus.publish, context.nursery)
     context.log.info("ready", **images.describe())
     return _service(images, transfers)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import json
+import math
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 import trio
 
 from pyx_bus.contract import imaged as contract
-from pyx_bus.errors import BusError, InvalidArgument, NotFound
+from pyx_bus.errors import BusError, InvalidArgument, NotFound, Unavailable
 
 from . import archive, changes, manifest, platforms, reference
 from .library import Library
@@ -31,6 +32,7 @@ from .workers import Member, UnpackResult, Workers
 
 Send = Callable[[contract.Progress], Awaitable[None]]
 _PARALLEL_LAYERS = 3
+_RESUME_WITHIN_S = 3600.0  # how long an interrupted pull's whole layers are kept
 _MEDIA_TYPES = {"gzip": manifest.OCI_LAYER + "+gzip", "zstd": manifest.OCI_LAYER + "+zstd"}
 
 
@@ -79,13 +81,20 @@ class Reporter:
 
 class Transfers:
     def __init__(
-        self, library: Library, workers: Workers, registry: Registry, host: platforms.Platform, publish: Publish
+        self,
+        library: Library,
+        workers: Workers,
+        registry: Registry,
+        host: platforms.Platform,
+        publish: Publish,
+        nursery: trio.Nursery,
     ) -> None:
         self._library = library
         self._workers = workers
         self._registry = registry
         self._host = host
         self._publish = publish
+        self._nursery = nursery
         self._busy: dict[ChainID, trio.Lock] = {}
 
     # Import
@@ -228,7 +237,7 @@ class Transfers:
                     return result
                 return await self._download(repository.blob_stream, layer, directory, blob, reporter)
 
-            await self._store(config, layers, chosen.digest, documents, names, fetch, reporter)
+            await self._store(config, layers, chosen.digest, documents, names, fetch, reporter, resumable=True)
         reporter.now("", f"Digest: {top.digest}")
         await reporter.flush()
         state = "Image is up to date for" if up_to_date else "Downloaded newer image for"
@@ -301,11 +310,13 @@ class Transfers:
         names: list[str],
         fetch: Fetch,
         reporter: Reporter,
+        *,
+        resumable: bool = False,
     ) -> ImageID:
         """Get every layer that isn't here, then store the image. On failure what came with it goes again."""
         chains = tuple(layer.chain_id for layer in layers)
         held = [*(Digest(layer.digest) for layer in layers if layer.digest), *documents]
-        async with self._clearing_up():
+        async with self._clearing_up(resumable=resumable):
             with self._library.holding(chains, held):
                 limiter = trio.CapacityLimiter(_PARALLEL_LAYERS)
                 failures: list[BusError] = []
@@ -370,14 +381,26 @@ class Transfers:
             self._library.discard(blob)
 
     @asynccontextmanager
-    async def _clearing_up(self) -> AsyncIterator[None]:
-        """If the block fails, layers and blobs it brought and no image uses go again."""
+    async def _clearing_up(self, *, resumable: bool = False) -> AsyncIterator[None]:
+        """If the block fails, layers and blobs it brought and no image uses go again.
+
+        If it's ``resumable`` and was interrupted (cancelled, or the registry went away), whole layers stay for a while: who asks
+        again needn't fetch them again.
+        """
         try:
             yield
-        except BaseException:
-            with trio.CancelScope(shield=True):
-                await self._library.collect()
+        except BaseException as error:
+            interrupted = isinstance(error, Unavailable) or trio.current_effective_deadline() == -math.inf
+            if resumable and interrupted:
+                self._nursery.start_soon(self._collect_later)
+            else:
+                with trio.CancelScope(shield=True):
+                    await self._library.collect()
             raise
+
+    async def _collect_later(self) -> None:
+        await trio.sleep(_RESUME_WITHIN_S)
+        await self._library.collect()
 
     @asynccontextmanager
     async def _only_one(self, chain_id: ChainID) -> AsyncIterator[None]:
