@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pyx_bus.errors import InvalidArgument, NotFound
 
 from . import manifest, platforms, reference
-from .model import DiffID, Digest, sha256
-from .workers import Member
+from .model import DiffID, Digest, Member, sha256
 
 _LINKS_LIMIT = 10
 

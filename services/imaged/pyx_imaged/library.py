@@ -20,9 +20,8 @@ from pyx_bus.contract.imaged import ImageConfig
 
 from . import kernel, manifest, plan
 from .disk import Disk, adopt_attributes
-from .model import ChainID, DiffID, Digest, Image, ImageID, Layer, SnapshotRecord
+from .model import ChainID, DiffID, Digest, Image, ImageID, Layer, SnapshotRecord, UnpackResult
 from .store import Store
-from .workers import UnpackResult
 
 
 class Library:

@@ -1,4 +1,4 @@
-"""What imaged keeps: images, layers, snapshots. Frozen, pure."""
+"""What imaged keeps: images, layers, snapshots; and what its workers find out. Frozen, pure."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NewType
+
+import msgspec
 
 Digest = NewType("Digest", str)
 """``sha256:<64 hex>`` of a blob's bytes as they travel and are kept (compressed, if the layer is)."""
@@ -74,3 +76,31 @@ class SnapshotRecord:
     name: str
     created_ns: int
     snapshotter: str
+
+
+class UnpackResult(msgspec.Struct, frozen=True):
+    """What ``worker.unpack`` found: both digests, sizes in bytes, and the directories the archive only implies."""
+
+    digest: str
+    size: int
+    diff_id: str
+    compression: str
+    unpacked_size: int
+    entries: int
+    implied: list[str]
+
+
+class Member(msgspec.Struct, frozen=True):
+    """A member of an outer archive; ``number`` is its file's name in the spool directory, -1 if it has none."""
+
+    name: str
+    kind: str
+    link: str = ""
+    number: int = -1
+    size: int = 0
+    digest: str = ""
+
+
+class SpoolResult(msgspec.Struct, frozen=True):
+    members: list[Member]
+    compression: str

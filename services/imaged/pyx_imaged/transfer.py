@@ -25,12 +25,12 @@ from pyx_bus.errors import BusError, InvalidArgument, NotFound, Unavailable
 
 from . import archive, changes, manifest, platforms, reference
 from .library import Library
-from .model import ChainID, DiffID, Digest, Image, ImageID, chain_ids, sha256, short
+from .model import ChainID, DiffID, Digest, Image, ImageID, Member, UnpackResult, chain_ids, sha256, short
+from .progress import Reporter, Send
 from .registry import Registry
 from .service import Publish, event
-from .workers import Member, UnpackResult, Workers
+from .workers import Workers
 
-Send = Callable[[contract.Progress], Awaitable[None]]
 _PARALLEL_LAYERS = 3
 _RESUME_WITHIN_S = 3600.0  # how long an interrupted pull's whole layers are kept
 _MEDIA_TYPES = {"gzip": manifest.OCI_LAYER + "+gzip", "zstd": manifest.OCI_LAYER + "+zstd"}
@@ -50,33 +50,6 @@ class WantedLayer:
 
 Fetch = Callable[[WantedLayer, Path, Path], Awaitable[UnpackResult]]
 """Unpack a layer into a directory, keeping its bytes as a file."""
-
-
-class Reporter:
-    """Progress for a caller: the latest state of each layer, sent at most ten times a second; a slow caller misses states only."""
-
-    def __init__(self, send: Send) -> None:
-        self._send = send
-        self._pending: dict[str, contract.Progress] = {}
-        self._more = trio.Event()
-
-    def now(self, layer: str, status: str, current: int = 0, total: int = 0) -> None:
-        self._pending[layer] = contract.Progress(
-            id=layer, status=status, current_bytes=current, total_bytes=max(total, 0)
-        )
-        self._more.set()
-
-    async def flush(self) -> None:
-        pending, self._pending = self._pending, {}
-        for item in pending.values():
-            await self._send(item)
-
-    async def run(self) -> None:
-        while True:
-            await self._more.wait()
-            self._more = trio.Event()
-            await self.flush()
-            await trio.sleep(0.1)  # paces the reports
 
 
 class Transfers:

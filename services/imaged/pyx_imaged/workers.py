@@ -21,37 +21,10 @@ import trio
 from pyx_bus.errors import BY_CODE, Internal
 
 from .extract import Limits
+from .model import SpoolResult, UnpackResult
 
 _LINE_LIMIT = 64 << 20  # the result of a spooled archive lists its members
 Progress = Callable[[int], None]
-
-
-class UnpackResult(msgspec.Struct, frozen=True):
-    """What ``worker.unpack`` found: both digests, sizes in bytes, and the directories the archive only implies."""
-
-    digest: str
-    size: int
-    diff_id: str
-    compression: str
-    unpacked_size: int
-    entries: int
-    implied: list[str]
-
-
-class Member(msgspec.Struct, frozen=True):
-    """A member of an outer archive; ``number`` is its file's name in the spool directory, -1 if it has none."""
-
-    name: str
-    kind: str
-    link: str = ""
-    number: int = -1
-    size: int = 0
-    digest: str = ""
-
-
-class SpoolResult(msgspec.Struct, frozen=True):
-    members: list[Member]
-    compression: str
 
 
 class Workers:
