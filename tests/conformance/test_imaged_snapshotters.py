@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from tests.imaged_support import tree
 
+from pyx_bus.errors import FailedPrecondition
 from pyx_imaged import kernel
 from pyx_imaged.disk import Disk
 from pyx_imaged.drivers.base import Snapshotter
@@ -176,3 +178,22 @@ class TestSnapshotter:
             stand.disk.make_snapshot("c", IMAGE, "x" * 5000, "x", [low], stand.snapshotter)
         assert stand.disk.snapshots() == []
         assert list((stand.disk.root / "ingest").iterdir()) == []
+
+
+def test_overlayfs_takes_dockers_maximum_of_layers() -> None:
+    """127 layers fit into the one page of mount(2)'s options below a data directory as short as the default one."""
+    with tempfile.TemporaryDirectory(prefix="pyx", dir="/tmp") as root:
+        stand = Stand(Path(root), SNAPSHOTTERS["overlayfs"])
+        layers = [stand.layer() for _ in range(127)]
+        for number, layer in enumerate(layers):
+            (layer / f"f{number}").touch()
+        try:
+            assert len(tree(stand.snapshot("c" * 64, layers))) == 127
+        finally:
+            stand.unmount()
+
+
+def test_overlayfs_refuses_what_cant_be_mounted(tmp_path: Path) -> None:
+    snapshotter = Overlayfs(tmp_path / ("x" * 200) / "l")
+    with pytest.raises(FailedPrecondition, match="30 layers don't fit"):
+        snapshotter.mounts(tmp_path, [Path(str(number)) for number in range(30)])
