@@ -25,7 +25,7 @@ from pyx_bus import testing
 from pyx_bus.client import Bus, connect
 from pyx_bus.contract import netd
 from pyx_bus.contract.base import Retain
-from pyx_bus.errors import BusError, Conflict, InvalidArgument, NotFound, Unavailable
+from pyx_bus.errors import BusError, Conflict, InvalidArgument, NotFound, ResourceExhausted, Unavailable
 from pyx_netd.api import setup
 
 SCENARIOS: dict[str, Callable[[Path], Awaitable[None]]] = {}
@@ -267,6 +267,42 @@ async def a_udp_client_follows_its_port(directory: Path) -> None:
 
 
 @scenario
+async def a_small_subnet_goes_round(directory: Path) -> None:
+    """One address for container after container: none inherits its forerunner's tracked connections."""
+    outside = world.Outside()
+    async with stack(directory, bridge_subnet="172.29.8.0/30") as pyx:
+        for name in ("one", "two", "three"):
+            sandbox = await pyx.attach(name, tcp(SERVE_TCP, 8080))
+            assert address_of(sandbox) == "172.29.8.2"
+            assert world.flows_answered_by("172.29.8.2") == []
+            with refused(ResourceExhausted, "no free address"):
+                await pyx.attach("another")
+            server = Server(sandbox.netns_path, name)
+            assert await ask_soon(outside.netns, HOST, 8080) == f"{name} saw {CLIENT}"
+            server.close()
+            await pyx.detach(name)
+        await world.nothing_left(pyx.run)
+
+
+@scenario
+async def an_address_given_again_is_reached_at_once(directory: Path) -> None:
+    """Its former owner's namespace lingers (a process that won't die), with the same MAC on another port of the bridge."""
+    outside = world.Outside()
+    async with stack(directory) as pyx:
+        first = await pyx.attach("one", tcp(SERVE_TCP, 8080), ipv4_address="172.17.0.9")
+        lingering = Server(first.netns_path, "former")
+        assert await ask_soon(outside.netns, HOST, 8080) == f"former saw {CLIENT}"
+        await pyx.detach("one")
+        second = await pyx.attach("one", tcp(SERVE_TCP, 8080), ipv4_address="172.17.0.9")
+        server = Server(second.netns_path, "latter")
+        assert await ask_soon(outside.netns, HOST, 8080) == f"latter saw {CLIENT}"
+        lingering.close()
+        server.close()
+        await pyx.detach("one")
+        await world.nothing_left(pyx.run)
+
+
+@scenario
 async def none_and_host_networks(directory: Path) -> None:
     async with stack(directory) as pyx:
         none = await pyx.attach("one", network="none")
@@ -484,6 +520,12 @@ async def killed_and_started_again(directory: Path) -> None:
         one = await pyx.attach("one", tcp(SERVE_TCP, 8080), udp(SERVE_UDP, 5353))
         gone = await pyx.attach("gone", tcp(SERVE_TCP, 8082))
         server = Server(one.netns_path, "one")
+        late = await pyx.attach("late", udp(SERVE_UDP, 5354))
+        answering = Server(late.netns_path, "late")
+        assert await ask_soon(outside.netns, HOST, 5354, udp=True) == f"late saw {CLIENT}"
+        answering.close()
+        await pyx.detach("late")
+        assert world.flows_answered_by(address_of(late)), "not forgotten yet"
         process.kill()
         assert await ask_soon(outside.netns, HOST, 8080) == f"one saw {CLIENT}", "while netd is dead"
         # What a kill in the middle of things may leave: a namespace without a row, a row without a namespace.
@@ -495,6 +537,7 @@ async def killed_and_started_again(directory: Path) -> None:
 
         process = Process(directory)
         await _answers(bus)
+        await world.eventually(lambda: world.flows_answered_by(address_of(late)) == [], "forgotten after all", 1.5)
         assert await pyx.attach("one") == one
         assert await ask_soon(outside.netns, HOST, 8080) == f"one saw {CLIENT}", "the table is back"
         assert await ask_soon(outside.netns, HOST, 5353, udp=True) == f"one saw {CLIENT}"

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import trio
+from tests.containerd_stack import leftovers, output_of, serve_containerd, stack, wait_nothing_left
+
 from pyx_bus import errors
 from pyx_bus.contract import containerd as c
 from pyx_bus.contract import logd, volumed
-
-from tests.containerd_stack import leftovers, output_of, serve_containerd, stack, wait_nothing_left
 
 OUTPUT = c.AttachOptions(output=True)
 
@@ -117,7 +117,8 @@ async def test_environment_user_directory_and_files(s):
 
 async def test_limits_reach_the_kernel(s):
     limits = c.Resources(memory_bytes=64 << 20, pids_limit=17)
-    script = "cat /sys/fs/cgroup/memory/memory.limit_in_bytes /sys/fs/cgroup/pids/pids.max 2>/dev/null || cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/pids.max; ulimit -n"
+    v1 = "cat /sys/fs/cgroup/memory/memory.limit_in_bytes /sys/fs/cgroup/pids/pids.max"
+    script = f"{v1} 2>/dev/null || cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/pids.max; ulimit -n"
     _, output = await run(s, "sh", "-c", script, resources=limits, ulimits=[c.Ulimit(name="nofile", soft=99, hard=99)])
     assert output.split() == [str(64 << 20).encode(), b"17", b"99"]
 

@@ -14,6 +14,7 @@ from pyroute2.netlink.nfnetlink.nfctsocket import nfct_msg
 from pyroute2.netlink.nfnetlink.nftsocket import nft_set_elem_list_msg, nft_table_msg
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
+from pyroute2.netlink.rtnl.ndmsg import ndmsg
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 from pyx_netd import conntrack, nft, rtnl
@@ -66,6 +67,13 @@ def test_link_up_and_get() -> None:
     answer.encode()
     assert rtnl.link_index(bytes(answer.data)) == 33
     assert rtnl.link_index(b"") == 0
+
+
+def test_forward_to() -> None:
+    message = decoded(ndmsg, rtnl.forward_to(3, 12, "02:42:ac:11:00:02"))
+    assert message["header"]["type"] == 28
+    assert (message["family"], message["ifindex"], message["state"], message["flags"]) == (7, 12, 0x40, 0x44)
+    assert message.get_attr("NDA_LLADDR") == "02:42:ac:11:00:02"
 
 
 @given(st.integers(1, 30), st.integers(1, 2**32 - 2), st.integers(1, 2**31 - 1))
@@ -231,6 +239,8 @@ def test_flows() -> None:
     ("stale", "covered"),
     [
         (conntrack.Stale(address="172.17.0.2"), {"behind"}),
+        (conntrack.Stale(subnet=ipaddress.IPv4Network("172.17.0.0/16")), {"behind"}),
+        (conntrack.Stale(subnet=ipaddress.IPv4Network("172.17.0.0/16"), living=frozenset(("172.17.0.2",))), set()),
         (conntrack.Stale(ports=(Port("udp", 53, 5353),)), {"host"}),
         (conntrack.Stale(ports=(Port("udp", 53, 5353, "192.0.2.1"),)), {"host"}),
         (conntrack.Stale(ports=(Port("udp", 53, 5353, "127.0.0.1"),)), set()),

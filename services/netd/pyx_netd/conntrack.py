@@ -44,15 +44,20 @@ class Stale:
     """Which flows to forget.
 
     ``address``: those answered by a container that is gone. ``ports``: those to a published host port that the container behind it
-    doesn't answer yet (``address`` empty), because they began before it was published.
+    doesn't answer yet (``address`` empty), because they began before it was published. ``subnet``: those answered from it by none of
+    ``living``, which is what a killed netd had no time to forget.
     """
 
     address: str = ""
     ports: tuple[Port, ...] = ()
+    subnet: ipaddress.IPv4Network | None = None
+    living: frozenset[str] = frozenset()
 
     def covers(self, flow: Flow) -> bool:
         if self.address:
             return flow.answered_by == self.address
+        if self.subnet is not None:
+            return flow.answered_by not in self.living and ipaddress.IPv4Address(flow.answered_by) in self.subnet
         return any(
             PROTOCOLS[port.protocol] == flow.protocol
             and port.host_port == flow.destination_port
@@ -118,7 +123,7 @@ def _flow(body: bytes) -> Flow | None:
             reply = _tuple(payload)
         if kind in (_CTA_TUPLE_ORIG, _CTA_ID, _CTA_ZONE):
             identity += whole
-    if not original[1]:
+    if not original[1] or not reply[1]:
         return None
     return Flow(original[0], original[2], original[3], reply[1], identity)
 

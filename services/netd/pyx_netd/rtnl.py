@@ -11,11 +11,12 @@ import ipaddress
 import struct
 
 NLMSG_ERROR = 2
-RTM_NEWLINK, RTM_GETLINK, RTM_NEWADDR, RTM_NEWROUTE = 16, 18, 20, 24
-NLM_F_REQUEST, NLM_F_ACK, NLM_F_EXCL, NLM_F_CREATE = 0x1, 0x4, 0x200, 0x400
+RTM_NEWLINK, RTM_GETLINK, RTM_NEWADDR, RTM_NEWROUTE, RTM_NEWNEIGH = 16, 18, 20, 24, 28
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE = 0x1, 0x4, 0x100, 0x200, 0x400
 _NESTED = 0x8000
 _IFF_UP = 1
-_AF_INET = 2
+_AF_INET, _AF_BRIDGE = 2, 7
+_NUD_NOARP, _NTF_MASTER, _NTF_STICKY, _NDA_LLADDR = 0x40, 0x04, 0x40, 2
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER, _IFLA_LINKINFO, _IFLA_NET_NS_FD = 1, 3, 4, 10, 18, 28
 _IFLA_INFO_KIND, _IFLA_INFO_DATA, _IFLA_INFO_SLAVE_KIND, _IFLA_INFO_SLAVE_DATA = 1, 2, 4, 5
 _VETH_INFO_PEER, _IFLA_BRPORT_MODE = 1, 4
@@ -102,6 +103,18 @@ def link_index(data: bytes) -> int:
     if len(data) >= 32 and _HEADER.unpack_from(data)[1] == RTM_NEWLINK:
         return int(struct.unpack_from("=i", data, 20)[0])
     return 0
+
+
+def forward_to(sequence: int, port_index: int, mac: str) -> bytes:
+    """Tell a bridge behind which of its ports a MAC address is, for as long as the port lives.
+
+    An address given again (a restart with a fixed one) has the MAC of its former owner, whose port the kernel may not have taken down
+    yet: frames would go there until the new owner says something. Sticky: frames of others can't move it.
+    """
+    body = struct.pack("=BxxxiHBB", _AF_BRIDGE, port_index, _NUD_NOARP, _NTF_MASTER | _NTF_STICKY, 0) + attribute(
+        _NDA_LLADDR, _mac(mac)
+    )
+    return _message(RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, sequence, body)
 
 
 def link_up(sequence: int, index: int) -> bytes:

@@ -27,7 +27,7 @@ from ..model import CONTAINER_INTERFACE, Attachment, Network, mac_of
 from ..sandbox import NamespacePool
 from .base import Order
 
-_FORGET_DELAY_S = 0.2
+_FORGET_DELAY_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,7 @@ class BridgeDriver:
         self._attached: dict[str, Attachment] = {}
         self._stale: list[conntrack.Stale] = []
         self._hurry = trio.Event()
+        self._walked = trio.Event()
         self._watching = trio.CancelScope()
         self._preparing = trio.Lock()
         self._ready: _Ready | None = None
@@ -88,6 +89,12 @@ class BridgeDriver:
             await self._prepare()
         except BusError as error:
             self._log.error("the bridge network isn't usable", bridge=self._bridge, error=str(error))
+        if self._first_cursor and self._addresses is not None:
+            # Somebody had an address in this boot. Waited for: those who get one from now on aren't among the living yet.
+            living = frozenset((self._network.gateway, *(attachment.address for attachment in attachments)))
+            self._stale.append(conntrack.Stale(subnet=self._addresses.subnet, living=living))
+            self._hurry.set()
+            await self._forget()
         self._nursery.start_soon(self._watch)
         return self._network
 
@@ -110,21 +117,33 @@ class BridgeDriver:
         async with self._preparing:
             if (ready := self._ready) is None:
                 in_use = self._addresses is not None and len(self._addresses) > 0
-                network, made = await trio.to_thread.run_sync(self._prepare_host, in_use)
+                attached = list(self._attached.values())
+                network, made = await trio.to_thread.run_sync(self._prepare_host, in_use, attached)
+                self._catch_up(attached)
                 self._network, self._ready, ready = network, made, made
             subnet = ipaddress.IPv4Network(self._network.subnet)
             if self._addresses is None or self._addresses.subnet != subnet:
                 self._addresses = ipam.AddressPool(subnet, ready.gateway.ip, (), self._first_cursor)
             return ready, self._addresses
 
-    def _prepare_host(self, in_use: bool) -> tuple[Network, _Ready]:
+    def _catch_up(self, written: Sequence[Attachment]) -> None:
+        """Bring a table just written up to date with who came and went while it was being written."""
+        before = {item for attachment in written for item in _published(attachment)}
+        now = {item for attachment in self._attached.values() for item in _published(attachment)}
+        try:
+            self._netfilter.commit(nft.publish(self._table, now - before))
+            self._withdraw(tuple(before - now))
+        except OSError as error:
+            raise syscalls.failure("bring the nftables table up to date", error) from error
+
+    def _prepare_host(self, in_use: bool, attached: Sequence[Attachment]) -> tuple[Network, _Ready]:
         with host.subnet_lock():
             around = host.surroundings(self._bridge)
             subnet = self._choose_subnet(around, in_use)
             gateway = ipaddress.IPv4Interface(f"{ipam.gateway_of(subnet)}/{subnet.prefixlen}")
-            members = [attachment.host_interface for attachment in self._attached.values()]
+            members = [attachment.host_interface for attachment in attached]
             index = host.ensure_bridge(self._bridge, gateway, around.mtu, members)
-        published = [item for attachment in self._attached.values() for item in _published(attachment)]
+        published = [item for attachment in attached for item in _published(attachment)]
         host.load_ruleset(nft.ruleset(self._table, self._bridge, str(subnet), published))
         network = replace(
             self._network, subnet=str(subnet), gateway=str(gateway.ip), bridge=self._bridge, mtu=around.mtu
@@ -191,6 +210,7 @@ class BridgeDriver:
             address=str(address), mac=order.mac or mac_of(str(address)), host_interface=f"veth{os.urandom(5).hex()}",
         )  # fmt: skip
         try:
+            await self._forgotten(attachment.address)
             attachment = replace(attachment, ports=self._reservations.reserve(order.ports))
             namespace = await self._namespaces.take()
             attachment = replace(attachment, netns_inode=namespace.inode)
@@ -232,6 +252,8 @@ class BridgeDriver:
         if host.bridged_packets_filtered():
             messages.append(rtnl.hairpin(2, attachment.host_interface))
         self._route.run(*messages)
+        port_index = self._route.link_index(attachment.host_interface)
+        self._route.run(rtnl.forward_to(1, port_index, attachment.mac))
         interface = ipaddress.IPv4Interface(f"{attachment.address}/{ready.gateway.network.prefixlen}")
         index = namespace.route.link_index(CONTAINER_INTERFACE)
         namespace.route.run(
@@ -291,14 +313,20 @@ class BridgeDriver:
     def _forget_soon(self, stale: conntrack.Stale) -> None:
         """Drop tracked flows behind the answer.
 
-        A walk through the kernel's table takes 9 ms of a CPU however few entries it has, so one serves all containers that end
-        together. Nobody waits for it: an address isn't given again at once. Only a port that was just published is in a hurry.
+        A walk through the kernel's table takes 9 ms of a CPU however few entries it has, and holds up RCU and so other starts. So one
+        serves all containers that ended lately. A UDP port that was just published is in a hurry, and who gets a former address.
         """
         self._stale.append(stale)
         if stale.ports:
             self._hurry.set()
         if len(self._stale) == 1:
             self._nursery.start_soon(self._forget)
+
+    async def _forgotten(self, address: str) -> None:
+        """Wait until no flow of an address's former owner is left. At once, unless the whole subnet was given round meanwhile."""
+        while any(stale.address == address for stale in self._stale):
+            self._hurry.set()
+            await self._walked.wait()
 
     async def _forget(self) -> None:
         while self._stale:
@@ -313,6 +341,8 @@ class BridgeDriver:
                 # It costs a client the time-out of its flow, nothing else.
                 self._log.warning("can't drop tracked connections", error=str(error))
             del self._stale[: len(stale)]
+            self._walked.set()
+            self._walked = trio.Event()
 
 
 def _published(attachment: Attachment) -> tuple[nft.Published, ...]:
