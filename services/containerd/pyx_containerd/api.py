@@ -94,7 +94,11 @@ def methods(engine: Engine) -> Service:
     @bus.method(contract.START)
     async def start_(call: Call, request: contract.StartContainer) -> contract.ExitStatus:
         live = engine.find(request.container)
-        given = await start.start(engine, live, request.attach, _clients(call, request.attach))
+        clients = _clients(call, request.attach)
+        if live.running and (clients or request.attach.stdin):
+            given = await service.attach(engine, live, request.attach, clients)
+        else:
+            given = await start.start(engine, live, request.attach, clients)
         exited = live.exited
         call_fds_done(call)
         await _started(call, live.id, given)

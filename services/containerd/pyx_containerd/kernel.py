@@ -248,6 +248,13 @@ def oom_kills(path: str) -> int:
     return 0
 
 
+def swap_accounting() -> bool:
+    """Whether a limit on swap can be set. Without it the runtime would fail on the missing file."""
+    if (CGROUP_ROOT / "cgroup.controllers").exists():
+        return any(CGROUP_ROOT.glob("*/memory.swap.max"))
+    return (CGROUP_ROOT / "memory" / "memory.memsw.limit_in_bytes").exists()
+
+
 def warm_path(parent: str) -> str:
     """Make ``<parent>/warm`` in one hierarchy and return its cgroup.procs: the target of a shim's WARM. "" if it can't be made.
 

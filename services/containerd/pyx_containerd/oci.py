@@ -54,6 +54,7 @@ class Surroundings:
     ipc_namespace: str | None = ""
     uts_namespace: str | None = ""
     cgroup_namespace: bool = False
+    swap_accounting: bool = True
     devices: list[Device] = field(default_factory=list)
     init_binary: str = ""
     rows: int = 0
@@ -288,8 +289,8 @@ def _resources(spec: ContainerSpec, around: Surroundings) -> dict[str, object]:
     memory: dict[str, object] = {}
     if limits.memory_bytes:
         memory["limit"] = limits.memory_bytes
-        # Docker's default: as much swap again as memory
-        memory["swap"] = limits.memory_swap_bytes or 2 * limits.memory_bytes
+        if around.swap_accounting:  # Docker's default: as much swap again as memory
+            memory["swap"] = limits.memory_swap_bytes or 2 * limits.memory_bytes
     if limits.memory_reservation_bytes:
         memory["reservation"] = limits.memory_reservation_bytes
     if memory:

@@ -577,3 +577,4 @@ def zygote(control: int) -> None:
 
 if __name__ == "__main__":
     zygote(3)
+    os._exit(0)

@@ -34,6 +34,7 @@ from .model import Change, Container, State
 from .shims import Exit, RuntimeFailed, Shim
 
 START_TIMEOUT_S = 120.0
+LOG_TIMEOUT_S = 10.0  # a restarting logd is waited for this long before a start is reported without it
 
 
 class Descriptors:
@@ -232,6 +233,7 @@ def _write_bundle(engine: Engine, live: Live, attach: contract.AttachOptions) ->
         ipc_namespace=_namespace(engine, record.spec.ipc_mode, "ipc"),
         uts_namespace=None if record.spec.uts_mode == "host" else "",
         cgroup_namespace=mode == "v2" and not record.spec.privileged,
+        swap_accounting=kernel.swap_accounting(),
         devices=bundles.devices(record.spec),
         init_binary=init,
         rows=attach.rows,
@@ -301,7 +303,7 @@ async def open_log(engine: Engine, live: Live, streams: dict[str, int], clients:
         options=spec.log_options,
     )
     try:
-        opened = await engine.bus.call(logd.OPEN, request, fds=[*streams.values(), *clients], timeout_s=SERVICE_TIMEOUT_S)
+        opened = await engine.bus.call(logd.OPEN, request, fds=[*streams.values(), *clients], timeout_s=LOG_TIMEOUT_S)
     except (errors.Unavailable, errors.DeadlineExceeded) as error:
         engine.log.warning("logd is away, the output waits in its pipes", container=live.id, error=error.message)
         return
