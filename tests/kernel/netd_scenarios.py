@@ -429,6 +429,9 @@ async def what_others_remove_is_made_again(directory: Path) -> None:
         for name in ("one", "two", "three"):
             world.sh("nft flush ruleset")
             await pyx.detach(name)
+        # The table may just be in writing, with who was there when it began; who left meanwhile is taken out right after.
+        await world.eventually(lambda: "chain" in world.sh("nft list ruleset"), "the table is back once more")
+        await world.eventually(lambda: world.published_elements() == "", "without who left")
         await world.nothing_left(pyx.run)
 
 

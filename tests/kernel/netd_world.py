@@ -109,9 +109,9 @@ class Server:
     def _serve_udp(self) -> None:
         while True:
             try:
-                data, peer = self._udp.recvfrom(100)
-                if data == b"end":
-                    return
+                _, peer = self._udp.recvfrom(100)
+                if peer is None:
+                    return  # shut down
                 self._udp.sendto(self._answer(peer), peer)
             except OSError:
                 return
