@@ -190,8 +190,7 @@ async def _remove_bundle(engine: Engine, live: Live) -> None:
 
 async def _delete(engine: Engine, live: Live) -> None:
     """The runtime's state and the cgroup."""
-    runtime = engine.runtimes.get(live.record.runtime)
-    if runtime is not None:
+    for runtime in engine.runtimes.values():  # whichever it was: a row from before its start doesn't know
         await delete_runtime_state(engine, live, runtime)
     await remove_cgroup(live.record.cgroup)
 

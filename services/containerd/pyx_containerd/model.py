@@ -103,6 +103,7 @@ class Container(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     ``exit_code`` and ``finished_at_ns`` are the last run's. ``error`` is why the last start failed. ``attached_volumes`` and
     ``sandbox`` are what volumed and netd gave; ``sandbox`` only while it runs. ``cgroup`` is the path below every hierarchy.
+    ``provisional``: made by a ``run`` that hasn't been acknowledged yet; if the service dies before its first start, it goes.
     """
 
     id: str
@@ -132,6 +133,7 @@ class Container(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     runtime: str = ""
     cgroup: str = ""
     restart_count: int = 0
+    provisional: bool = False
 
 
 def resolve(reference: str, ids: Mapping[str, object], names: Mapping[str, str]) -> list[str]:

@@ -71,7 +71,7 @@ async def _take_up(engine: Engine, live: Live, has_bundle: bool) -> None:
         if state is not None and state.phase == "running":
             _mark_running(engine, live, state.init_pid, record)
             return
-        if state is not None and state.phase == "exited" and was_running:
+        if state is not None and state.phase == "exited" and state.exit.time_ns != record.finished_at_ns:
             _mark_running(engine, live, state.init_pid, record)
             engine.background(end.ended, engine, live, state.exit)
             return
@@ -84,8 +84,12 @@ async def _take_up(engine: Engine, live: Live, has_bundle: bool) -> None:
             await _kill_leftovers(engine, live)
             exit_ = Exit("", UNKNOWN_EXIT_CODE, 0, time.time_ns())
         engine.background(end.ended, engine, live, exit_)
-    elif has_bundle or shim is not None:
+    elif has_bundle or record.provisional:
         live.clean = trio.Event()
+        if record.provisional:  # what others hold for it they release when they're told who lives
+            engine.cleaning[live.id] = live
+            engine.forget(live)
+            await engine.store.delete(live.id)
         engine.background(_clean, engine, live)
 
 
@@ -100,19 +104,20 @@ def _mark_running(engine: Engine, live: Live, pid: int, record: Container) -> No
     live.exited, live.clean = trio.Event(), trio.Event()
     if record.state in (State.RUNNING, State.PAUSED):
         return
-    engine.change(live, Change.START, pid=pid, started_at_ns=record.started_at_ns or time.time_ns(), error="")
+    engine.change(live, Change.START, pid=pid, run=max(1, record.run), started_at_ns=time.time_ns(), error="", provisional=False)
     engine.background(engine.store.update, live.record)
 
 
 async def _clean(engine: Engine, live: Live) -> None:
     await end.take_down(engine, live, ran=True)
+    engine.cleaning.pop(live.id, None)
     live.clean.set()
 
 
 async def _kill_leftovers(engine: Engine, live: Live) -> None:
-    runtime = engine.runtimes.get(live.record.runtime)
-    if runtime is not None and (Path(runtime.root) / live.id).exists():
-        await end.delete_without_shim(runtime, live.id)
+    for runtime in engine.runtimes.values():
+        if (Path(runtime.root) / live.id).exists():
+            await end.delete_without_shim(runtime, live.id)
     await end.remove_cgroup(live.record.cgroup)
 
 
@@ -124,17 +129,17 @@ async def _discard(engine: Engine, container_id: str) -> None:
         shim: Shim | None = Shim.connect(bundle)
     except OSError:
         shim = None
+    if shim is not None:
+        engine.background(shim.serve, _ignore, _ignore)
+        try:
+            await shim.state()  # a start that's under way must be over before it can be undone
+        except errors.BusError as error:
+            engine.undone("shim", container_id, error)
     for runtime in engine.runtimes.values():
         if (Path(runtime.root) / container_id).exists():
             await end.delete_without_shim(runtime, container_id)
     await end.remove_cgroup(f"{engine.cgroup_parent}/{container_id}")
     if shim is not None:
-        nursery_connection = shim
-
-        async def nothing(*_: object) -> None:
-            return
-
-        engine.background(nursery_connection.serve, nothing, nothing)
         try:
             await shim.end()
         except errors.BusError as error:
@@ -143,6 +148,10 @@ async def _discard(engine: Engine, container_id: str) -> None:
         bundles.remove(bundle)
     except (KernelError, OSError) as error:
         engine.undone("bundle", container_id, error)
+
+
+async def _ignore(*_: object) -> None:
+    return
 
 
 def _remove_stray_cgroups(engine: Engine) -> None:

@@ -206,7 +206,7 @@ async def run(
 
         async def insert() -> None:
             try:
-                await engine.store.insert(live.record)
+                await engine.store.insert(msgspec.structs.replace(live.record, provisional=True))
             except errors.BusError as error:
                 failures.append(error)
 

@@ -33,7 +33,7 @@ SPAWN  2     key ("" = init), tty "0|1", rows, columns, pid file, names of kept 
              descriptors separated by spaces, argv... (stdin, stdout, stderr
              unless tty; then the kept ones)
 KILL   3     key, signal                                                        OK
-STATE  4     -                                                                  OK: shim's pid, init's pid or 0, "running" |
+STATE  4     -  (answered when init's start is over, if one is under way)       OK: shim's pid, init's pid or 0, "running" |
                                                                                 "exited" | "none", code, signal, time_ns
 FDS    5     "take" to give stdin away                                          OK: names (descriptors)
 RUN    6     argv...                                                            OK: exit code
@@ -180,6 +180,7 @@ class _Shim:
         self.execs: dict[int, tuple[bytes, int]] = {}  # pid → key, master or -1
         self.strays: dict[int, tuple[int, int]] = {}  # reaped before the runtime told whose they are: pid → status, time
         self.kept: dict[bytes, int] = {}
+        self.waiting: list[tuple[_Connection, int]] = []
         self.counter = 0
         self.ending = False
         self.wakeup = wakeup
@@ -258,10 +259,10 @@ class _Shim:
             self.kill(fields[0], int(fields[1]))
             self.reply(conn, OK, serial, [])
         elif kind == STATE:
-            code, signal, time_ns = self.exit or (0, 0, 0)
-            word = b"exited" if self.exit else (b"running" if self.init_pid else b"none")
-            numbers = [b"%d" % number for number in (code, signal, time_ns)]
-            self.reply(conn, OK, serial, [b"%d" % os.getpid(), b"%d" % self.init_pid, word, *numbers])
+            if any(operation.key == b"" for operation in self.operations.values()):
+                self.waiting.append((conn, serial))  # init is being started: whoever asks needs to know how that went
+            else:
+                self.reply_state(conn, serial)
         elif kind == FDS:
             self.reply(conn, OK, serial, list(self.kept), list(self.kept.values()))
             if fields and fields[0] == b"take" and b"stdin" in self.kept:
@@ -274,6 +275,12 @@ class _Shim:
             self.ending = True
         else:
             self.reply(conn, FAILED, serial, [b"%d" % errno.ENOSYS, b"0", b"unknown request"])
+
+    def reply_state(self, conn: _Connection, serial: int) -> None:
+        code, signal, time_ns = self.exit or (0, 0, 0)
+        word = b"exited" if self.exit else (b"running" if self.init_pid else b"none")
+        numbers = [b"%d" % number for number in (code, signal, time_ns)]
+        self.reply(conn, OK, serial, [b"%d" % os.getpid(), b"%d" % self.init_pid, word, *numbers])
 
     def reply(self, conn: _Connection, kind: int, serial: int, fields: list[bytes], fds: list[int] | None = None) -> None:
         if not conn.open:
@@ -396,6 +403,10 @@ class _Shim:
                 self.strays[pid] = (status, now)
         for operation, status in finished:
             self.finish(operation, status)
+            if operation.key == b"":
+                for conn, serial in self.waiting:
+                    self.reply_state(conn, serial)
+                self.waiting.clear()
         if not self.operations:
             self.strays.clear()  # a container's orphans, nobody asks for them
 

@@ -285,7 +285,7 @@ class Shim:
         await self._request(wire.KILL, [key.encode(), b"%d" % signal])
 
     async def state(self) -> ShimState:
-        fields, fds = await self._request(wire.STATE, [])
+        fields, fds = await self._request(wire.STATE, [], timeout_s=RUNTIME_TIMEOUT_S)
         wire.close_all(fds)
         code, signal, time_ns = (int(word) for word in fields[3:6])
         return ShimState(int(fields[0]), int(fields[1]), fields[2].decode(), Exit("", code, signal, time_ns))

@@ -285,6 +285,7 @@ def _now_running(engine: Engine, live: Live, pid: int) -> None:
     engine.change(
         live, change, pid=pid, started_at_ns=time.time_ns(), finished_at_ns=0, exit_code=0, signal=0, oom_killed=False, error=""
     )
+    live.record = msgspec.structs.replace(live.record, provisional=False)
     engine.publish(contract.ContainerStarted, live.record)
     live.spawned.set()
     live.begins.set()
