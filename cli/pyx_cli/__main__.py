@@ -168,8 +168,23 @@ def _broken_pipe() -> int:
     return 141  # 128 + SIGPIPE, what a shell shows for a program that the signal ended
 
 
+def _open_standard_streams() -> None:
+    """Started with one of the three closed (``<&-``), the next descriptor opened, the bus's say, would take its place."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free one: this
+    # What the interpreter gives is None for a stream that was closed, whatever typeshed says.
+    streams: dict[str, object] = {"stdout": sys.stdout, "stderr": sys.stderr}
+    for name, stream in streams.items():
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the rest of the process
+
+
 def main() -> None:
     """The console script. Ends the process at once: an orderly interpreter shutdown only costs milliseconds here."""
+    _open_standard_streams()
     status = dispatch(sys.argv[1:])
     try:
         sys.stdout.flush()
