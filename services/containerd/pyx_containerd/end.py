@@ -155,7 +155,7 @@ async def step(engine: Engine, live: Live, name: str, action: Step) -> None:
 
 async def take_down(engine: Engine, live: Live, *, ran: bool) -> None:
     """Everything of a run that's still there: runtime state, cgroup, shim, bundle; of a failed start also root and network."""
-    await step(engine, live, "runtime", lambda: _delete(engine, live))
+    await step(engine, live, "runtime", lambda: _delete(engine, live, ran=ran))
     if not ran:
         unmount(engine, live)
         await _release(engine, live, removing=False)
@@ -188,8 +188,13 @@ async def _remove_bundle(engine: Engine, live: Live) -> None:
     live.mounted = False
 
 
-async def _delete(engine: Engine, live: Live) -> None:
+async def _delete(engine: Engine, live: Live, *, ran: bool) -> None:
     """The runtime's state and the cgroup."""
+    used = engine.runtimes.get(live.record.runtime)
+    if ran and used is not None and used.has_plain_state:
+        await remove_cgroup(live.record.cgroup)  # with whatever still runs in it
+        if not kernel.cgroup_directories(live.record.cgroup):
+            shutil.rmtree(Path(used.root) / live.id, ignore_errors=True)
     for runtime in engine.runtimes.values():  # whichever it was: a row from before its start doesn't know
         await delete_runtime_state(engine, live, runtime)
     await remove_cgroup(live.record.cgroup)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 LOG_FILE = "runtime.log"
 PID_FILE = "init.pid"
 CONSOLE = "{console}"
+PLAIN_STATE = frozenset({"runc", "crun"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,12 @@ class Runtime:
     name: str
     path: str
     root: str
+
+    @property
+    def has_plain_state(self) -> bool:
+        """Whether what it keeps of a container whose processes have ended is a directory of the container's name and a cgroup, no
+        more. Then ``delete`` needn't be executed (15 ms of CPU for each container that ends)."""
+        return self.path.rpartition("/")[2] in PLAIN_STATE
 
     def _base(self, log: str) -> list[str]:
         return [self.path, "--root", self.root, "--log", log, "--log-format", "json"]
