@@ -57,13 +57,17 @@ async def ended(engine: Engine, live: Live, exit_: Exit) -> None:
     if removing:
         engine.cleaning[live.id] = live
         engine.forget(live)
-    unmount(engine, live)
     for execution in live.executions.values():
         execution.ended.set()
     with trio.move_on_after(REPORT_WITHIN_S):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_store, engine, live, removing)
-            nursery.start_soon(_release, engine, live, removing)
+            nursery.start_soon(_release, engine, live, network_steps(engine, live))
+            await trio.lowlevel.checkpoint()  # they're on their way while the kernel takes its millisecond for the unmount
+            unmount(engine, live)
+            if removing:
+                nursery.start_soon(_release, engine, live, removal_steps(engine, live, volumes=True))
+    unmount(engine, live)
     _tell_died(engine, live, exit_, record.started_at_ns)
     if removing:
         engine.publish(contract.ContainerDestroyed, live.record)
@@ -107,15 +111,16 @@ def unmount(engine: Engine, live: Live) -> None:
             engine.undone("unmount", live.id, error)
 
 
-async def _release(engine: Engine, live: Live, removing: bool) -> None:
-    """Give back what others hold for the run; with ``removing`` for the container."""
-    steps: list[tuple[str, Step]] = []
-    if not live.record.spec.network.startswith("container:"):
-        request = netd.DetachContainer(container_id=live.id)
-        steps.append(("network", lambda: engine.bus.call(netd.DETACH, request, timeout_s=SERVICE_TIMEOUT_S)))
-    if removing:
-        steps += removal_steps(engine, live, volumes=True)
-    # the tasks outlive this scope: a service that is away mustn't hold up the report, nor be forgotten
+def network_steps(engine: Engine, live: Live) -> list[tuple[str, Step]]:
+    """What gives back the network of a run."""
+    if live.record.spec.network.startswith("container:"):
+        return []
+    request = netd.DetachContainer(container_id=live.id)
+    return [("network", lambda: engine.bus.call(netd.DETACH, request, timeout_s=SERVICE_TIMEOUT_S))]
+
+
+async def _release(engine: Engine, live: Live, steps: list[tuple[str, Step]]) -> None:
+    """Do the steps at once. They outlive this task: a service that is away mustn't hold up the report, nor be forgotten."""
     left = len(steps)
     finished = trio.Event()
     if not steps:
@@ -158,7 +163,7 @@ async def take_down(engine: Engine, live: Live, *, ran: bool) -> None:
     await step(engine, live, "runtime", lambda: _delete(engine, live, ran=ran))
     if not ran:
         unmount(engine, live)
-        await _release(engine, live, removing=False)
+        await _release(engine, live, network_steps(engine, live))
     elif live.log_opened:
         await _drain(engine, live)
     if live.shim is not None:
