@@ -7,8 +7,9 @@ The set is containerd's ``errdefs`` (which is gRPC's status codes less what a lo
 
 from __future__ import annotations
 
-from typing import ClassVar
-
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # importing typing costs the command line some milliseconds
+    from typing import ClassVar
 
 class BusError(Exception):
     """Base of every error that crosses the bus.
