@@ -51,13 +51,13 @@ async def stack(directory: Path) -> AsyncIterator[tuple[Bus, Process]]:
                 process.end(signal.SIGTERM)
 
 
-async def open_log(bus: Bus, out: int, err: int) -> None:
+async def open_log(bus: Bus, out: int, err: int, *clients: int) -> None:
     """As containerd does: again and again until logd is back."""
     with trio.fail_after(15):
         while True:
             try:
-                request = logd.OpenLog(container_id=ID, run=1, streams=["stdout", "stderr"])
-                await bus.call(logd.OPEN, request, fds=[out, err], timeout_s=5)
+                request = logd.OpenLog(container_id=ID, run=1, streams=["stdout", "stderr"], attached=len(clients))
+                await bus.call(logd.OPEN, request, fds=[out, err, *clients], timeout_s=5)
                 return
             except BusError:
                 await trio.sleep(0.02)
@@ -96,6 +96,43 @@ async def test_no_line_is_lost_or_doubled_when_logd_is_killed(tmp_path: Path) ->
         texts = [json.loads(line)["log"] for line in lines]
         assert texts == [f"line {number} {'x' * (number % 90)}\n" for number in range(60_000)]
         assert list((tmp_path / "run" / "logd").iterdir()) == []
+
+
+async def test_an_attached_client_that_comes_again_gets_every_byte_once(tmp_path: Path) -> None:
+    out_read, out = os.pipe()
+    err_read, err = os.pipe()
+    client_read, client = os.pipe()
+    async with stack(tmp_path) as (bus, process):
+        await open_log(bus, out_read, err_read, client)
+        got = bytearray()
+
+        def read_slowly() -> None:
+            while block := os.read(client_read, 3000):
+                got.extend(block)
+
+        writer = subprocess.Popen([sys.executable, "-c", WRITER], stdout=out, stderr=err)
+        os.close(out)
+        os.close(err)
+        async with trio.open_nursery() as nursery:
+            for kill in range(6):
+                await trio.sleep(0.02 + 0.013 * kill)  # any moment will do
+                await trio.to_thread.run_sync(process.end, signal.SIGKILL)
+                if kill == 2:  # till here nobody read: the client's pipe was full, part of a frame in it
+                    nursery.start_soon(trio.to_thread.run_sync, read_slowly)
+                process.start()
+                await open_log(bus, out_read, err_read, client)
+            await bus.call(logd.WAIT_DRAINED, logd.WaitDrained(container_id=ID, run=1), timeout_s=20)
+            os.close(client)
+            await trio.to_thread.run_sync(writer.wait)
+        text = b""
+        while got:
+            assert got[:4] == b"\1\0\0\0"
+            size = int.from_bytes(got[4:8], "big")
+            text += got[8 : 8 + size]
+            del got[: 8 + size]
+        assert text == b"".join(b"line %d %s\n" % (number, b"x" * (number % 90)) for number in range(60_000))
+        for fd in (out_read, err_read, client_read):
+            os.close(fd)
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])

@@ -20,7 +20,8 @@ class OpenLog(Message, frozen=True, kw_only=True):
     to be: streams are pipes or a terminal, clients pipes or sockets), not_implemented (an option that isn't), resource_exhausted.
 
     Guarantees: a byte read is stored once, whatever instant logd is killed at, if the same ``run`` is opened again with the same
-    streams. The write ends are never made non-blocking (a socket's is), nor is a terminal.
+    streams; and sent once to each client (of up to 16) that is given again, in any order, as ``attached``: so whoever opens keeps the
+    clients' descriptors until the run is drained, and closes them then. The write ends are never made non-blocking (a socket's is), nor is a terminal.
     ``options`` of json-file: max-size, max-file. Drivers: json-file, none.
     """
 

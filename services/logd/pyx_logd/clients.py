@@ -6,6 +6,8 @@ import fcntl
 import os
 import select
 import stat
+from collections import deque
+from collections.abc import Callable
 
 import trio
 
@@ -15,6 +17,13 @@ from . import frames
 
 _PIPE_BYTES = 512 * 1024
 """Of memory only when filled; each time one is full costs a wait and a wake-up."""
+
+
+Progress = Callable[[int, int], None]
+"""Told the client's inode and a number of bytes."""
+
+
+def _ignore(inode: int, count: int) -> None: ...
 
 
 class Client:
@@ -29,36 +38,51 @@ class Client:
         self._fd = _nonblocking(fd)
         self._frame = frame
         self._wants = {"stdout": stdout, "stderr": stderr}
-        self._rest = memoryview(b"")  # a view: what's left of a big write isn't copied again and again
+        self.inode = os.fstat(self._fd).st_ino
+        """Names the pipe, whatever descriptor it's known by."""
+        self._queue: deque[tuple[memoryview, Progress]] = deque()
         self._flushing = trio.Lock()
 
     @property
     def waiting(self) -> bool:
         """Whether there's something to `flush`."""
-        return bool(self._rest)
+        return bool(self._queue)
 
-    def send_nowait(self, stream: str, payload: bytes) -> None:
-        """Send output of ``stream``, if the client wants that one."""
+    def send_nowait(self, stream: str, payload: bytes, progress: Progress = _ignore, *, has: int = 0) -> None:
+        """Send output of ``stream``, if the client wants that one, less the ``has`` bytes of its frame which it got before.
+
+        ``progress`` is told after every write how many bytes it took.
+        """
         if self._wants[stream] and payload and not self.gone:
-            self.write_nowait(self._frame(stream, payload))
+            self._send(memoryview(self._frame(stream, payload))[has:], progress)
 
     def write_nowait(self, data: bytes) -> None:
         """Send ``data`` as it is."""
+        self._send(memoryview(data), _ignore)
+
+    def _send(self, data: memoryview, progress: Progress) -> None:
         if self.gone:
             return
-        if self._rest:
-            self._rest = memoryview(bytes(self._rest) + data)
-            return
-        self._rest = memoryview(data)[self._write(data) :]
+        self._queue.append((data, progress))
+        if len(self._queue) == 1:
+            self._write()
 
-    def _write(self, data: bytes | memoryview) -> int:
-        try:
-            return os.write(self._fd, data)
-        except BlockingIOError:
-            return 0
-        except OSError:  # EPIPE, ECONNRESET: the other end is closed
-            self.gone = True
-            return len(data)
+    def _write(self) -> None:
+        """Write what fits, from the queue's head."""
+        while self._queue:
+            data, progress = self._queue.popleft()
+            try:
+                count = os.write(self._fd, data) if data else 0
+            except BlockingIOError:
+                count = 0
+            except OSError:  # EPIPE, ECONNRESET: the other end is closed
+                self.gone = True
+                self._queue.clear()
+                return
+            progress(self.inode, count)
+            if count < len(data):
+                self._queue.appendleft((data[count:], progress))  # a view: what's left of a big write isn't copied again and again
+                return
 
     def check_gone(self) -> bool:
         """Whether the other end is closed, which else shows at the next output only."""
@@ -71,14 +95,14 @@ class Client:
     async def flush(self) -> None:
         """Wait until all is written, or the client is gone. Cancelled, it may have written a part."""
         async with self._flushing:  # stdout's and stderr's readers may both be here
-            while self._rest and not self.gone:
+            while self._queue and not self.gone:
                 try:
                     await trio.lowlevel.wait_writable(self._fd)
                 except trio.ClosedResourceError:  # by the other stream's reader
                     break
-                self._rest = self._rest[self._write(self._rest) :]
+                self._write()
         if self.gone:
-            self._rest = memoryview(b"")
+            self._queue.clear()
 
     def close(self) -> None:
         """The client sees the end. Idempotent."""

@@ -79,7 +79,7 @@ class ContainerLog:
                 self.driver.rewind(left.mark)
                 chunks, rest = cut(stream, left.pending + left.data, time.time_ns())
                 self.driver.write(chunks)
-                window.settle(rest)
+                window.settle(rest, deliver=True)
                 self._logger.info("took up after a kill", container=self.container, run=run, stream=stream, bytes=len(left.data))
             window.close(remove=False)
 
@@ -108,6 +108,7 @@ class ContainerLog:
                 source.window.close(remove=True)
             raise
         run = Run(number, self.driver, sources, [Client(fd, self.frame) for fd in fds[len(streams) :]], self._notify)
+        run.resume()
         for old in [old for old, other in self._runs.items() if other.drained.is_set()]:
             del self._runs[old]
         self._runs[number] = run

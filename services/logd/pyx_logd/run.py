@@ -47,6 +47,12 @@ class Run:
         self._ended = False
         self._early: list[Callable[[], Awaitable[None]]] = []
 
+    def resume(self) -> None:
+        """Send the clients what an earlier process had read for them and not sent."""
+        for source in self._sources:
+            for client in self.clients:
+                client.send_nowait(source.name, source.window.undelivered, source.window.sent, has=source.window.has(client.inode))
+
     async def serve(self) -> None:
         """Read until the end. Cancelled, it leaves the windows to the next process."""
         try:
@@ -85,6 +91,9 @@ class Run:
         for other in list(self.clients):
             if other.check_gone():  # else those who come and go would pile up while nothing is written
                 self._drop(other)
+        for source in self._sources:
+            if source.window.delivering:
+                source.window.excuse(client.inode)
         self.clients.append(client)
 
     def _drop(self, client: Client) -> None:
@@ -107,6 +116,9 @@ class Run:
         fd, window, driver, stream = source.fd, source.window, self._driver, source.name
         woken = False
         row = 0
+        if window.undelivered:
+            await self._flush_clients()
+            window.delivered()
         while True:
             known = len(window.pending)
             try:
@@ -122,13 +134,15 @@ class Run:
             chunks, rest = cut(stream, data, time.time_ns())
             if chunks:
                 driver.write(chunks)
-            window.settle(rest)
+            window.settle(rest, deliver=bool(self.clients))
             for client in self.clients:
-                client.send_nowait(stream, data[known:])
+                client.send_nowait(stream, data[known:], window.sent)
             if chunks:
                 self._changed()
                 await driver.wait_ready()
-            await self._flush_clients()
+            if self.clients:
+                await self._flush_clients()
+                window.delivered()
             woken = False
             row += 1
             if row >= _READS_IN_A_ROW:
