@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import time
 
 from ..client import connect, document, mapping, text
@@ -10,6 +11,10 @@ from ..demux import Demux
 from ..foreground import flush_python_streams, output_pipe
 from ..grammar import CliError, Options
 from ..values import timestamp_ns
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyx_bus.sync import Connection
 
 
 def logs(options: Options) -> int:
@@ -41,27 +46,42 @@ def logs(options: Options) -> int:
         serial = connection.open("logd.read", body, (write,))
     finally:
         os.close(write)
-    _copy(read, tty)
-    while True:
-        message = connection.receive()
-        if message is None or message.serial != serial:
-            continue
-        if message.kind == "error":
-            raise message.error()
-        return 0
+    return _copy(connection, serial, read, tty)
 
 
-def _copy(read: int, tty: bool) -> None:
-    """Everything from the pipe to our own streams, in batches as they come."""
+def _copy(connection: Connection, serial: int, read: int, tty: bool) -> int:
+    """Everything from the pipe to our own streams, in batches as they come, until its end and the call's.
+
+    Both are watched: a call that failed may never have come to the pipe.
+    """
     demux = Demux()
-    while data := os.read(read, 1 << 18):
+    poller = select.poll()
+    poller.register(read, select.POLLIN)
+    poller.register(connection.fileno(), select.POLLIN)
+    data = b" "
+    answered = False
+    while data or not answered:
+        if connection.pending() or connection.fileno() in [fd for fd, _ in poller.poll() if fd != read]:
+            message = connection.receive()
+            if message is not None and message.serial == serial:
+                if message.kind == "error":
+                    raise message.error()
+                answered = True
+                poller.unregister(connection.fileno())
+            continue
+        data = os.read(read, 1 << 18)
+        if not data:
+            poller.unregister(read)
         for stream, payload in [(1, data)] if tty else demux.feed(data):
-            view = memoryview(payload)
-            while view:
-                try:
-                    view = view[os.write(stream, view) :]
-                except BlockingIOError:  # somebody made our standard output non-blocking
-                    import select
-
-                    select.select((), (stream,), ())
+            _write(stream, payload)
     os.close(read)
+    return 0
+
+
+def _write(stream: int, payload: bytes) -> None:
+    view = memoryview(payload)
+    while view:
+        try:
+            view = view[os.write(stream, view) :]
+        except BlockingIOError:  # somebody made our standard output non-blocking
+            select.select((), (stream,), ())
