@@ -87,7 +87,7 @@ async def test_killed_at_any_instant_of_a_run(tmp_path, auto_remove):
                 while not s.holders.empty:  # retain has told them
                     await trio.sleep(0.01)
         await process.end(signal.SIGTERM)
-    assert [place for place in Path("/sys/fs/cgroup").glob(f"*/{prefix}")] == []
+    assert list(Path("/sys/fs/cgroup").glob(f"*/{prefix}")) == []
 
 
 async def test_a_long_one_lives_through_many_kills(tmp_path):

@@ -123,6 +123,26 @@ async def test_limits_reach_the_kernel(s):
     assert output.split() == [str(64 << 20).encode(), b"17", b"99"]
 
 
+async def test_privileged_and_shared_namespaces(s):
+    script = "mkdir /m && mount -t tmpfs x /m && echo mounted; ls /dev | grep -c ."
+    _, output = await run(s, "sh", "-c", script, privileged=True)
+    assert output.startswith(b"mounted\n")
+    await run_detached(s, "sh", "-c", "echo shared > /dev/shm/x; sleep 100", name="peer", ipc_mode="shareable")
+    with trio.fail_after(5):
+        while (await exec_(s, "peer", "cat", "/dev/shm/x"))[1] != b"shared\n":
+            await trio.sleep(0.01)
+    join = {"network": "container:peer", "pid_mode": "container:peer", "ipc_mode": "container:peer"}
+    _, output = await run(s, "sh", "-c", "cat /dev/shm/x; ps | grep -c [s]leep", **join)
+    assert output == b"shared\n1\n"
+    await run_detached(s, "sleep", "100", name="private")
+    with pytest.raises(errors.FailedPrecondition, match="share"):
+        await run(s, "true", ipc_mode="container:private")
+    _, output = await run(s, "sh", "-c", "echo $$; readlink /proc/self/ns/uts", pid_mode="host", uts_mode="host", ipc_mode="host")
+    pid, uts = output.split()
+    assert int(pid) > 1
+    assert uts.decode() == os.readlink("/proc/self/ns/uts")
+
+
 async def test_out_of_memory_is_noted(s):
     limits = c.Resources(memory_bytes=16 << 20, memory_swap_bytes=16 << 20)
     status, _ = await run(s, "sh", "-c", "x=x; while :; do x=$x$x$x$x; done", resources=limits)

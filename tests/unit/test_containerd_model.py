@@ -38,7 +38,7 @@ def test_every_pair_is_in_the_table_or_refused(state, change):
 
 
 def test_every_state_is_reached_and_only_removing_ends():
-    assert {after for after in TRANSITIONS.values()} == set(State)
+    assert set(TRANSITIONS.values()) == set(State)
     for state in State:
         assert any(before is state for before, _ in TRANSITIONS)
 

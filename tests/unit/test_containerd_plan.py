@@ -128,6 +128,8 @@ def test_capabilities():
     assert plan.capabilities(["NET_ADMIN"], ["ALL"], privileged=False) == ["CAP_NET_ADMIN"]
     assert "CAP_CHOWN" not in plan.capabilities(["ALL"], ["CHOWN"], privileged=False)
     assert len(plan.capabilities([], ["ALL"], privileged=True)) == len(plan.CAPABILITIES)
+    assert plan.capabilities([], [], privileged=True, bound=0b11) == ["CAP_CHOWN", "CAP_DAC_OVERRIDE"]
+    assert plan.capabilities(["DAC_READ_SEARCH"], ["ALL"], privileged=False, bound=0b11) == []
 
 
 def test_volumes_of_the_image_become_anonymous_ones():

@@ -46,6 +46,14 @@ def mount_root(container: Container, bundle: Path) -> Path:
     return rootfs
 
 
+def mount_shared_memory(bundle: Path, size_bytes: int) -> str:
+    """A tmpfs for /dev/shm that lives on the host's side; its path."""
+    place = bundle / "shm"
+    place.mkdir(mode=0o1777, exist_ok=True)
+    kernel.mount("tmpfs", "shm", str(place), ["nosuid", "nodev", "noexec", "mode=1777", f"size={size_bytes}"])
+    return str(place)
+
+
 def remove(bundle: Path) -> None:
     """Unmount and delete. Never deletes through a mount: what can't be unmounted is left and raises ``KernelError``."""
     if not bundle.exists():

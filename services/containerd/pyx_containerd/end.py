@@ -21,7 +21,7 @@ from pyx_bus.contract import containerd as contract
 from pyx_bus.contract import imaged, logd, netd, volumed
 
 from . import bundle as bundles
-from . import kernel
+from . import cgroups, kernel
 from .drivers.runtime import Runtime
 from .engine import SERVICE_TIMEOUT_S, Engine, Live
 from .errors import KernelError
@@ -197,12 +197,12 @@ async def _delete(engine: Engine, live: Live, *, ran: bool) -> None:
     """The runtime's state and the cgroup."""
     used = engine.runtimes.get(live.record.runtime)
     if ran and used is not None and used.has_plain_state:
-        await remove_cgroup(live.record.cgroup)  # with whatever still runs in it
+        await cgroups.clear(live.record.cgroup)  # with whatever still runs in it
         if not kernel.cgroup_directories(live.record.cgroup):
             shutil.rmtree(Path(used.root) / live.id, ignore_errors=True)
     for runtime in engine.runtimes.values():  # whichever it was: a row from before its start doesn't know
         await delete_runtime_state(engine, live, runtime)
-    await remove_cgroup(live.record.cgroup)
+    await cgroups.clear(live.record.cgroup)
 
 
 async def delete_runtime_state(engine: Engine, live: Live, runtime: Runtime) -> None:
@@ -229,17 +229,6 @@ async def delete_without_shim(runtime: Runtime, container_id: str) -> None:
     shutil.rmtree(Path(runtime.root) / container_id, ignore_errors=True)
 
 
-async def remove_cgroup(path: str) -> None:
-    """Kill what is in a cgroup and remove it. Its processes need a moment to be gone, hence the few attempts."""
-    pause = 0.001
-    while kernel.cgroup_directories(path):
-        kernel.kill_cgroup(path)
-        if kernel.remove_cgroup(path) or pause > 1:
-            return
-        await trio.sleep(pause)
-        pause *= 2
-
-
 async def shim_lost(engine: Engine, live: Live) -> None:
     """A shim's connection has ended unasked: it was killed. Its exit file may still tell; else the container is ended for good."""
     await live.spawned.wait()
@@ -251,7 +240,7 @@ async def shim_lost(engine: Engine, live: Live) -> None:
         runtime = engine.runtimes.get(live.record.runtime)
         if runtime is not None:
             await delete_without_shim(runtime, live.id)
-        await remove_cgroup(live.record.cgroup)
+        await cgroups.clear(live.record.cgroup)
         exit_ = Exit("", LOST_EXIT_CODE, 9, time.time_ns())
         live.record = msgspec.structs.replace(live.record, error="its shim was killed")
     await ended(engine, live, exit_)

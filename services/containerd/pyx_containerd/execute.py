@@ -114,6 +114,7 @@ def _write_process(live: Live, bundle: Path, key: str, request: contract.ExecCon
             tty=request.tty,
             privileged=request.privileged,
             size=(request.rows, request.columns),
+            capability_bound=kernel.capability_bound(),
         )
         env = plan.merge_env(live.record.process.env, request.env)
         refusal = check_command(root, request.args[0], env, request.working_dir or live.record.process.working_dir)

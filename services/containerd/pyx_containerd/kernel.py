@@ -272,6 +272,14 @@ def warm_path(parent: str) -> str:
     return ""
 
 
+def capability_bound() -> int:
+    """The capabilities this process may hand on, as a bit mask (proc_pid_status(5), CapBnd)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapBnd:"):
+            return int(line.split()[1], 16)
+    return (1 << 64) - 1
+
+
 def process_start(pid: int) -> int:
     """A process's start time in clock ticks since boot (proc_pid_stat(5), field 22), 0 if there's no such process."""
     try:

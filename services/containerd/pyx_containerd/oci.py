@@ -55,6 +55,8 @@ class Surroundings:
     uts_namespace: str | None = ""
     cgroup_namespace: bool = False
     swap_accounting: bool = True
+    capability_bound: int = -1
+    shared_memory: str = ""
     devices: list[Device] = field(default_factory=list)
     init_binary: str = ""
     rows: int = 0
@@ -80,7 +82,7 @@ def config(container: Container, identity: Identity, around: Surroundings) -> di
 
 def process(container: Container, identity: Identity, around: Surroundings) -> dict[str, object]:
     spec = container.spec
-    allowed = capabilities(spec.cap_add, spec.cap_drop, privileged=spec.privileged)
+    allowed = capabilities(spec.cap_add, spec.cap_drop, privileged=spec.privileged, bound=around.capability_bound)
     args = list(container.process.args)
     if around.init_binary:
         args = ["/sbin/docker-init", "--", *args]
@@ -108,6 +110,7 @@ def exec_process(
     tty: bool,
     privileged: bool,
     size: tuple[int, int],
+    capability_bound: int = -1,
 ) -> dict[str, object]:
     """The process of an exec: the container's environment and limits with the request's own on top."""
     spec = container.spec
@@ -117,7 +120,9 @@ def exec_process(
         env=merge_env(terminal, container.process.env, env),
         working_dir=working_dir or container.process.working_dir,
         identity=identity,
-        allowed=capabilities(spec.cap_add, spec.cap_drop, privileged=spec.privileged or privileged),
+        allowed=capabilities(
+            spec.cap_add, spec.cap_drop, privileged=spec.privileged or privileged, bound=capability_bound
+        ),
         tty=tty,
         no_new_privileges=spec.no_new_privileges,
         oom_score_adj=spec.resources.oom_score_adj,
@@ -180,18 +185,14 @@ def _mounts(container: Container, around: Surroundings) -> list[dict[str, object
         _mount("/sys", "sysfs", "sysfs", ["nosuid", "noexec", "nodev", access]),
         _mount("/sys/fs/cgroup", "cgroup", "cgroup", [access, "nosuid", "noexec", "nodev"]),
     ]
+    mounts.append(_mount("/dev/mqueue", "mqueue", "mqueue", ["nosuid", "noexec", "nodev"]))  # shows the IPC namespace it's in
     if around.ipc_namespace is None:
-        mounts.append(_mount("/dev/mqueue", "bind", "/dev/mqueue", ["rbind", "nosuid", "noexec", "nodev"]))
         mounts.append(_mount("/dev/shm", "bind", "/dev/shm", ["rbind", "nosuid", "noexec", "nodev"]))
-    else:
-        mounts.append(_mount("/dev/mqueue", "mqueue", "mqueue", ["nosuid", "noexec", "nodev"]))
-        if around.ipc_namespace == "" and spec.ipc_mode != "none":
-            size = spec.shm_size_bytes or DEFAULT_SHM_BYTES
-            mounts.append(_mount("/dev/shm", "tmpfs", "shm", ["nosuid", "noexec", "nodev", "mode=1777", f"size={size}"]))
-        elif around.ipc_namespace:
-            # another container's IPC: its shared memory, too
-            source = around.ipc_namespace.removesuffix("/ns/ipc") + "/root/dev/shm"
-            mounts.append(_mount("/dev/shm", "bind", source, ["rbind", "nosuid", "noexec", "nodev"]))
+    elif around.shared_memory:  # on the host's side, so that a container which joins this one's IPC namespace can have it, too
+        mounts.append(_mount("/dev/shm", "bind", around.shared_memory, ["rbind", "nosuid", "noexec", "nodev"]))
+    elif around.ipc_namespace == "" and spec.ipc_mode != "none":
+        size = spec.shm_size_bytes or DEFAULT_SHM_BYTES
+        mounts.append(_mount("/dev/shm", "tmpfs", "shm", ["nosuid", "noexec", "nodev", "mode=1777", f"size={size}"]))
     volumes = container.attached_volumes
     taken = {volume.target for volume in volumes}
     for source, target in (

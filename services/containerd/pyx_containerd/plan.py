@@ -142,9 +142,12 @@ def capability(name: str) -> str:
     return "CAP_" + short
 
 
-def capabilities(add: list[str], drop: list[str], *, privileged: bool) -> list[str]:
-    """What a container's root may: Docker's default set, without ``drop``, with ``add``; ALL means every one."""
-    every = ["CAP_" + name for name in CAPABILITIES]
+def capabilities(add: list[str], drop: list[str], *, privileged: bool, bound: int = -1) -> list[str]:
+    """What a container's root may: Docker's default set, without ``drop``, with ``add``; ALL means every one.
+
+    ``bound`` is the mask of those there are to give: a host that is itself a container hasn't all of them.
+    """
+    every = ["CAP_" + name for number, name in enumerate(CAPABILITIES) if bound >> number & 1]
     if privileged:
         return every
     added = {capability(name) for name in add}

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import trio
 
-from . import kernel
+from . import cgroups, kernel
 from .drivers.runtime import Runtime, parse_failure
 
 PREFERENCE = ("crun", "runc")
@@ -149,8 +149,7 @@ async def attempt(runtime: Runtime, scratch: Path, cgroup_parent: str) -> str:
                     capture_stderr=True,
                     check=False,
                 )
-            kernel.kill_cgroup(cgroup)
-            kernel.remove_cgroup(cgroup)
+            await cgroups.clear(cgroup)
             shutil.rmtree(directory, ignore_errors=True)
             shutil.rmtree(Path(runtime.root) / container_id, ignore_errors=True)
 

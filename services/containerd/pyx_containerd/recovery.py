@@ -27,7 +27,7 @@ from pyx_bus.contract.base import Method, Released, Retain
 from pyx_bus.contract.bus import ServiceUp
 
 from . import bundle as bundles
-from . import end, kernel, start
+from . import cgroups, end, kernel, start
 from .engine import Engine, Live
 from .errors import KernelError
 from .model import Change, Container, State
@@ -118,7 +118,7 @@ async def _kill_leftovers(engine: Engine, live: Live) -> None:
     for runtime in engine.runtimes.values():
         if (Path(runtime.root) / live.id).exists():
             await end.delete_without_shim(runtime, live.id)
-    await end.remove_cgroup(live.record.cgroup)
+    await cgroups.clear(live.record.cgroup)
 
 
 async def _discard(engine: Engine, container_id: str) -> None:
@@ -138,7 +138,7 @@ async def _discard(engine: Engine, container_id: str) -> None:
     for runtime in engine.runtimes.values():
         if (Path(runtime.root) / container_id).exists():
             await end.delete_without_shim(runtime, container_id)
-    await end.remove_cgroup(f"{engine.cgroup_parent}/{container_id}")
+    await cgroups.clear(f"{engine.cgroup_parent}/{container_id}")
     if shim is not None:
         try:
             await shim.end()

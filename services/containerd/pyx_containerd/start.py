@@ -201,6 +201,23 @@ def _namespace(engine: Engine, mode: str, name: str) -> str | None:
     return ""
 
 
+def _shared_memory(engine: Engine, live: Live) -> str:
+    """Where the /dev/shm shared between containers is mounted on the host; "" for a container that has its own.
+
+    Errors: failed_precondition (the other one's isn't shareable)."""
+    spec = live.record.spec
+    if spec.ipc_mode == "shareable":
+        return bundles.mount_shared_memory(engine.bundle(live.id), spec.shm_size_bytes or oci.DEFAULT_SHM_BYTES)
+    if spec.ipc_mode.startswith("container:"):
+        peer = joined(engine, spec.ipc_mode.partition(":")[2])
+        if peer.record.spec.ipc_mode != "shareable":
+            raise errors.FailedPrecondition(
+                f'container "{peer.record.name}" doesn\'t share its IPC namespace', hint="start it with --ipc shareable"
+            )
+        return str(engine.bundle(peer.id) / "shm")
+    return ""
+
+
 def _write_bundle(engine: Engine, live: Live, attach: contract.AttachOptions) -> None:
     record, bundle = live.record, engine.bundle(live.id)
     sandbox = record.sandbox or netd.Sandbox()
@@ -234,6 +251,8 @@ def _write_bundle(engine: Engine, live: Live, attach: contract.AttachOptions) ->
         uts_namespace=None if record.spec.uts_mode == "host" else "",
         cgroup_namespace=mode == "v2" and not record.spec.privileged,
         swap_accounting=kernel.swap_accounting(),
+        capability_bound=kernel.capability_bound(),
+        shared_memory=_shared_memory(engine, live),
         devices=bundles.devices(record.spec),
         init_binary=init,
         rows=attach.rows,
