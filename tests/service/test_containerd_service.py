@@ -469,13 +469,32 @@ async def test_events_tell_the_story(s):
 
 
 async def test_few_commits(s):
-    store = s.directory / "root" / "containerd" / "containers.db"
-    assert store.exists()
-    await run(s, "true")
-    # counted where they are made, see test_containerd_store; here: nothing of it is left in the file
+    """A run with --rm writes its row, that it runs, and deletes it: three commits at most, two of them beside other work."""
     import sqlite3
 
-    assert sqlite3.connect(store).execute("SELECT count(*) FROM containers").fetchone() == (0,)
+    def version():
+        # grows with every commit of another connection
+        return watcher.execute("PRAGMA data_version").fetchone()[0]
+
+    watcher = sqlite3.connect(s.directory / "root" / "containerd" / "containers.db")
+    await run(s, "true")
+    before, seen = version(), 0
+    async with trio.open_nursery() as nursery:
+
+        async def watch():
+            nonlocal before, seen
+            while True:
+                now = version()
+                seen += now != before
+                before = now
+                await trio.sleep(0.001)
+
+        nursery.start_soon(watch)
+        await run(s, "true")
+        nursery.cancel_scope.cancel()
+    assert seen <= 3
+    assert watcher.execute("SELECT count(*) FROM containers").fetchone() == (0,)
+    watcher.close()
 
 
 async def test_restart_of_the_service_while_containers_run(tmp_path):
