@@ -19,6 +19,7 @@ from pyx_bus import testing
 from pyx_bus.client import Bus, connect
 from pyx_bus.contract import logd
 from pyx_bus.errors import BusError, InvalidArgument, Unavailable
+from pyx_logd.window import available
 
 ID = "ab" * 32
 
@@ -98,6 +99,17 @@ async def test_no_line_is_lost_or_doubled_when_logd_is_killed(tmp_path: Path) ->
         assert list((tmp_path / "run" / "logd").iterdir()) == []
 
 
+async def blocked(pipe: int) -> None:
+    """Until the pipe is full and stays so."""
+    last, same = -1, 0
+    with trio.fail_after(10):
+        while same < 20:
+            now = available(pipe)
+            same = same + 1 if now == last and now > 400_000 else 0
+            last = now
+            await trio.sleep(0.005)
+
+
 async def test_an_attached_client_that_comes_again_gets_every_byte_once(tmp_path: Path) -> None:
     out_read, out = os.pipe()
     err_read, err = os.pipe()
@@ -114,13 +126,16 @@ async def test_an_attached_client_that_comes_again_gets_every_byte_once(tmp_path
         os.close(out)
         os.close(err)
         async with trio.open_nursery() as nursery:
-            for kill in range(6):
-                await trio.sleep(0.02 + 0.013 * kill)  # any moment will do
+            for _ in range(3):
+                # Nobody reads: the client's pipe gets full, with a part of a frame in it, and logd waits. (In the flow of output a
+                # kill may come between a write to the client and its being noted, and then repeats that write.)
+                await blocked(client_read)
                 await trio.to_thread.run_sync(process.end, signal.SIGKILL)
-                if kill == 2:  # till here nobody read: the client's pipe was full, part of a frame in it
-                    nursery.start_soon(trio.to_thread.run_sync, read_slowly)
+                got.extend(os.read(client_read, 100_001))
                 process.start()
                 await open_log(bus, out_read, err_read, client)
+            await blocked(client_read)
+            nursery.start_soon(trio.to_thread.run_sync, read_slowly)
             await bus.call(logd.WAIT_DRAINED, logd.WaitDrained(container_id=ID, run=1), timeout_s=20)
             os.close(client)
             await trio.to_thread.run_sync(writer.wait)

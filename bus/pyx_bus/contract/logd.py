@@ -20,8 +20,9 @@ class OpenLog(Message, frozen=True, kw_only=True):
     to be: streams are pipes or a terminal, clients pipes or sockets), not_implemented (an option that isn't), resource_exhausted.
 
     Guarantees: a byte read is stored once, whatever instant logd is killed at, if the same ``run`` is opened again with the same
-    streams; and sent once to each client (of up to 16) that is given again, in any order, as ``attached``: so whoever opens keeps the
-    clients' descriptors until the run is drained, and closes them then. The write ends are never made non-blocking (a socket's is), nor is a terminal.
+    streams. Each client (of up to 16) that is given again as ``attached``, in any order, goes on where it was; only a kill within
+    microseconds of a write to it repeats that write. So whoever opens keeps the clients' descriptors until the run is drained, and
+    closes them then. A client's pipe is never made non-blocking (a socket is), nor is a terminal.
     ``options`` of json-file: max-size, max-file. Drivers: json-file, none.
     """
 

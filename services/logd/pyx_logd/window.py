@@ -7,7 +7,7 @@ one of these, told apart by `recover`:
 - *settled*: nothing was being read; the pending bytes are the unfinished line so far.
 - *delivering*: settled, but attached clients may not have all of what was read last. A table says how much of its frame each client
   has (by its pipe's inode), and a client who comes again gets the rest. A kill between a client's write(2) and the table's update,
-  a microsecond, repeats that write.
+  a few microseconds, repeats that write: nothing tells whether a pipe took it, and twice beats never.
 - *reading, the read didn't happen*: as settled. FIONREAD said how many bytes there are, we are the only reader, and so read(2)
   returns all of them or didn't run; in the first case the last of them replaced a canary.
 - *reading, the read happened*: whatever was written to the log since is cut off again (the header has the log's mark from before),
