@@ -122,14 +122,20 @@ class Pyx(Engine):
         self.run("system", "down", check=False)
 
     def engine_pids(self) -> list[int]:
+        """Services have the stack's directory in their environment; shims and their zygote are known by their file, and this stack's by
+        living in the benchmark's own mount namespace."""
         wanted = f"PYX_RUN={self.environment['PYX_RUN']}".encode()
+        namespace = os.readlink("/proc/self/ns/mnt")
         pids = []
         for pid, (name, _) in processes().items():
             try:
-                mine = wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            except (FileNotFoundError, ProcessLookupError):
+                if os.readlink(f"/proc/{pid}/ns/mnt") != namespace:
+                    continue
+                service = wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                shim = b"pyx_containerd/shim" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
                 continue
-            if mine and name not in ("sleep", "busybox", "pyx"):
+            if name != "pyx" and (service or shim):
                 pids.append(pid)
         return pids
 
