@@ -1,7 +1,8 @@
 """The shim: one tiny process per running container, and the zygote it is forked from.
 
 This file is run by path (``python -I -S -OO shim.py``) and imports nothing outside the standard library's C modules, so that a shim
-costs well under a megabyte. containerd imports it too, for the codec and the constants: both sides of the wire are here.
+costs about a megabyte. containerd imports it too, for the codec and the constants: both sides of the wire are here. It is one long
+file for that reason: what is run by path can't import its neighbours.
 
 Theory of operation
 -------------------
