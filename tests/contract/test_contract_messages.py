@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import pyx_bus.contract
 import pytest
+
+import pyx_bus.contract
 from pyx_bus.contract.base import Event, Method
 
 GOLDEN = Path(__file__).with_name("fingerprints.json")
