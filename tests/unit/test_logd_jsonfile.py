@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pyx_logd import frames
@@ -63,6 +63,7 @@ def as_seen(data: bytes) -> bytes:
     return "".join("\ufffd" if 0xDC80 <= ord(c) <= 0xDCFF else c for c in data.decode("utf-8", "surrogateescape")).encode()
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(nasty, st.integers(0, 4 * 10**18))
 @example(b"a\nb\n\n", 1_714_910_400_120_000_000)
 def test_encode_is_the_reference(data: bytes, time_ns: int) -> None:
@@ -76,6 +77,7 @@ def test_encode_is_the_reference(data: bytes, time_ns: int) -> None:
     assert all(parse_time(record["time"].encode()) == time_ns for record in records)
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.lists(st.tuples(st.sampled_from(["stdout", "stderr"]), nasty, st.integers(0, 3)), max_size=12), st.booleans())
 def test_decode_gives_back_what_was_written(pieces: list[tuple[str, bytes, int]], times: bool) -> None:
     encoded = b""
@@ -96,11 +98,13 @@ def test_decode_gives_back_what_was_written(pieces: list[tuple[str, bytes, int]]
             assert b"".join(t for _, time, t in got if time == at) == b"".join(t for _, time, t in expected if time == at)
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(nasty)
 def test_unescape_reverses_escape(data: bytes) -> None:
     assert unescape(slow_escape(data).encode()) == as_seen(data)
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(nasty, st.integers(1, 200))
 def test_cut_loses_nothing_however_reads_fall(data: bytes, step: int) -> None:
     data = data * 3 + b"x" * (LINE_MAX_BYTES - 7) + data
@@ -154,6 +158,7 @@ def test_line_ends_sees_through_backslashes() -> None:
     assert line_ends(block) == [first, len(block)]
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.lists(st.tuples(st.sampled_from(["stdout", "stderr"]), nasty), max_size=6))
 def test_timestamps_stand_before_each_line_only(pieces: list[tuple[str, bytes]]) -> None:
     encoded = b"".join(encode(c) for s, d in pieces for c in cut(s, d, 7, ended=True)[0])

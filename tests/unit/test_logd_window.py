@@ -105,7 +105,7 @@ def _kill(*args: object) -> int:
     raise Killed
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.binary(min_size=1, max_size=70_000), max_size=6))
 def test_reading_gives_what_was_written(tmp_path_factory: pytest.TempPathFactory, pieces: list[bytes]) -> None:
     window = Window(tmp_path_factory.mktemp("window") / "w")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyx_bus.contract.volumed import MountRequest
@@ -23,6 +23,7 @@ def test_bad_names(name: str) -> None:
         check_name(name)
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.lists(st.sampled_from(["a", "b", "..", ".", "", "c.d"]), max_size=8))
 def test_a_target_stays_in_the_root(parts: list[str]) -> None:
     path = "/" + "/".join(parts)
