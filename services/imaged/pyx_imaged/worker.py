@@ -170,6 +170,7 @@ def unpack(job: dict[str, Any]) -> dict[str, Any]:
     plain = Plain(source)
     root = os.open(job["root"], os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     os.fchdir(root)
+    os.umask(0)
     os.chroot(".")  # a second fence: even a path followed by mistake would end inside the layer
     extractor = Extractor(root, limits, base=job["base"], allow_absolute=job.get("allow_absolute", False))
     try:
