@@ -109,6 +109,7 @@ async def test_environment_user_directory_and_files(s):
         s, "sh", "-c", script, user="www-data", working_dir="/made/here", env=["FOO=bar"], hostname="box", extra_hosts=["b.test:1.2.3.4"]
     )
     lines = output.decode().splitlines()
+    assert len(lines) == 8, output
     assert lines[:5] == ["33", "33", "/made/here", "/var/www bar", "box"]
     assert lines[5] == "nameserver 192.0.2.53"
     assert lines[6].split() == ["1.2.3.4", "b.test"]
