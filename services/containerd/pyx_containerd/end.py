@@ -160,12 +160,14 @@ async def step(engine: Engine, live: Live, name: str, action: Step) -> None:
 
 async def take_down(engine: Engine, live: Live, *, ran: bool) -> None:
     """Everything of a run that's still there: runtime state, cgroup, shim, bundle; of a failed start also root and network."""
-    await step(engine, live, "runtime", lambda: _delete(engine, live, ran=ran))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(step, engine, live, "runtime", lambda: _delete(engine, live, ran=ran))
+        if ran:
+            await _drain(engine, live)
+        live.close_clients()
     if not ran:
         unmount(engine, live)
         await _release(engine, live, network_steps(engine, live))
-    elif live.log_opened:
-        await _drain(engine, live)
     if live.shim is not None:
         await live.shim.end()
         live.shim = None
@@ -173,7 +175,7 @@ async def take_down(engine: Engine, live: Live, *, ran: bool) -> None:
 
 
 async def _drain(engine: Engine, live: Live) -> None:
-    """Wait until logd has everything; the shim's copies of the streams are what a restarted logd would get."""
+    """Wait until logd has everything, and those attached have it; the shim's copies of the streams are what a restarted logd gets."""
     request = logd.WaitDrained(container_id=live.id, run=live.record.run)
     async with trio.open_nursery() as nursery:
 
@@ -184,6 +186,7 @@ async def _drain(engine: Engine, live: Live) -> None:
 
         nursery.start_soon(hurried)
         with trio.move_on_after(DRAIN_TIMEOUT_S):
+            await live.logged.wait()
             await step(engine, live, "log", lambda: engine.bus.call(logd.WAIT_DRAINED, request))
         nursery.cancel_scope.cancel()
 

@@ -26,6 +26,7 @@ from .drivers.runtime import Runtime
 from .errors import ambiguous, name_taken, no_such_container
 from .model import Change, Container, State, next_state
 from .probe import Choice
+from .shim import close_all
 from .shims import Exit, Shim, Zygote
 from .store import Store
 
@@ -52,9 +53,14 @@ class Execution:
 class Live:
     """A container in memory: its record, and what can't be kept on disk.
 
-    ``begins``: the next start's success, for those who wait for it. ``spawned``: the current start has come to its end, one way or
-    the other. ``exited``: it doesn't run (set again by every start's failure or exit). ``clean``: nothing of the last run is left.
-    ``removed``: its row is gone. ``hurry``: stop waiting for a slow reader of the last run's output.
+    - ``begins``: the next start's success, for those who wait for it
+    - ``spawned``: the current start has come to its end, one way or the other
+    - ``exited``: it doesn't run (set again by every start's failure or exit)
+    - ``logged``: logd has the run's streams, or never will
+    - ``clean``: nothing of the last run is left
+    - ``removed``: its row is gone
+    - ``hurry``: stop waiting for a slow reader of the last run's output
+    - ``clients``: write ends of those who were attached at the start; a restarted logd gets them again, and goes on where it was
     """
 
     record: Container
@@ -67,8 +73,13 @@ class Live:
     hurry: trio.Event = field(default_factory=trio.Event)
     removed: trio.Event = field(default_factory=trio.Event)
     mounted: bool = False
-    log_opened: bool = False
+    logged: trio.Event = field(default_factory=trio.Event)
     executions: dict[str, Execution] = field(default_factory=dict)
+    clients: list[int] = field(default_factory=list)
+
+    def close_clients(self) -> None:
+        """They see the end of the output once logd has closed its own copies, too."""
+        close_all(self.clients)
 
     @property
     def id(self) -> str:

@@ -62,7 +62,7 @@ async def _take_up(engine: Engine, live: Live, has_bundle: bool) -> None:
     if shim is not None:
         live.shim = shim
         live.mounted = True
-        live.log_opened = True
+        live.logged.set()
         engine.background(start.serve_shim, engine, live, shim)
         try:
             state = await shim.state()

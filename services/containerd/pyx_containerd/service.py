@@ -45,7 +45,7 @@ async def create(engine: Engine, spec: contract.ContainerSpec, progress: Progres
     try:
 
         async def attach_network() -> None:
-            sandboxes.append(await start.request_network(engine, container_id, spec, hostname, []))
+            sandboxes.append(await start.request_network(engine, container_id, name, spec, hostname, []))
 
         snapshot = await _both(
             prepare(engine, container_id, spec, progress), attach_network if to_start and not spec.publish_all_ports else None

@@ -80,20 +80,22 @@ async def _start(engine: Engine, live: Live, attach: contract.AttachOptions, cli
     runtime = await engine.runtime(live.record.runtime or live.record.spec.runtime)
     fds = Descriptors()
     live.spawned, live.exited, live.clean, live.hurry = trio.Event(), trio.Event(), trio.Event(), trio.Event()
-    live.log_opened = False
+    live.logged = trio.Event()
     began = False
     live.record = msgspec.structs.replace(live.record, run=live.record.run + 1, runtime=runtime.name)
     try:
         await _prepare(engine, live)
         pid, streams, given = await _spawn(engine, live, runtime, fds, attach)
+        live.clients = [os.dup(client) for client in clients]
         _now_running(engine, live, pid)
         began = True
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(engine.store.update, live.record)
-                nursery.start_soon(open_log, engine, live, streams, clients)
+                nursery.start_soon(open_log, engine, live, streams)
         except* errors.BusError as group:
             # It runs, but its output can't go where it should: better no container than one whose log is silently missing.
+            live.logged.set()
             await _kill(live)
             raise first_error(group) from None
         return os.dup(given) if given >= 0 else -1
@@ -142,12 +144,12 @@ async def _prepare(engine: Engine, live: Live) -> None:
 async def attach_network(engine: Engine, live: Live) -> None:
     """Have netd make the namespace; ``network=container:NAME`` joins another container's."""
     record = live.record
-    sandbox = await request_network(engine, record.id, record.spec, record.hostname, record.exposed_ports)
+    sandbox = await request_network(engine, record.id, record.name, record.spec, record.hostname, record.exposed_ports)
     live.record = msgspec.structs.replace(live.record, sandbox=sandbox)
 
 
 async def request_network(
-    engine: Engine, container_id: str, spec: contract.ContainerSpec, hostname: str, exposed: list[str]
+    engine: Engine, container_id: str, name: str, spec: contract.ContainerSpec, hostname: str, exposed: list[str]
 ) -> netd.Sandbox:
     kind, _, other = spec.network.partition(":")
     if kind == "container":
@@ -156,6 +158,7 @@ async def request_network(
         return msgspec.structs.replace(sandbox, netns_path=f"/proc/{peer.record.pid}/ns/net", ports=[])
     request = netd.AttachContainer(
         container_id=container_id,
+        container_name=name,
         network=spec.network or "bridge",
         ipv4_address=spec.ipv4_address,
         mac_address=spec.mac_address,
@@ -311,23 +314,26 @@ def _now_running(engine: Engine, live: Live, pid: int) -> None:
     live.begins = trio.Event()
 
 
-async def open_log(engine: Engine, live: Live, streams: dict[str, int], clients: Sequence[int] = ()) -> None:
-    """Give logd the streams. If it's away just now, the pipes wait for it: it gets them when it's back (recovery.py)."""
+async def open_log(engine: Engine, live: Live, streams: dict[str, int]) -> None:
+    """Give logd the streams, and those who are attached from the start.
+
+    If it's away just now, the pipes wait for it: it gets them when it's back (recovery.py).
+    """
     spec = live.record.spec
     request = logd.OpenLog(
         container_id=live.id,
         run=live.record.run,
         streams=list(streams),
-        attached=len(clients),
+        attached=len(live.clients),
         driver=spec.log_driver or str(engine.context.config.get("log_driver", "json-file")),
         options=spec.log_options,
     )
     try:
-        opened = await engine.bus.call(logd.OPEN, request, fds=[*streams.values(), *clients], timeout_s=LOG_TIMEOUT_S)
+        opened = await engine.bus.call(logd.OPEN, request, fds=[*streams.values(), *live.clients], timeout_s=LOG_TIMEOUT_S)
     except (errors.Unavailable, errors.DeadlineExceeded) as error:
         engine.log.warning("logd is away, the output waits in its pipes", container=live.id, error=error.message)
         return
-    live.log_opened = True
+    live.logged.set()
     if opened.path != live.record.log_path:
         live.record = msgspec.structs.replace(live.record, log_path=opened.path)
 

@@ -82,7 +82,10 @@ class Extractor:
         os.close(self._root)
 
     def run(self, read: Read, *, strict_end: bool = False) -> Unpacked:
-        """Unpack everything ``read`` gives (exactly n bytes a call, fewer at the end). The process's umask must be 0: modes are the archive's."""
+        """Unpack everything ``read`` gives (exactly n bytes a call, fewer at the end).
+
+        The process's umask must be 0: modes are the archive's.
+        """
         for entry in tarstream.entries(read, strict_end=strict_end):
             self.result.entries += 1
             if self.result.entries > self._limits.max_entries:
