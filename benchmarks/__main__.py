@@ -124,13 +124,14 @@ def render(table: dict[str, dict[str, float]], names: list[str]) -> str:
     return "\n".join(lines)
 
 
-def namespaced() -> None:
+def namespaced(module: str = "benchmarks") -> None:
     """Go on in namespaces of our own, so that no bridge, rule or mount of any engine outlives us."""
     if os.environ.get(NAMESPACED):
         subprocess.run([which("ip"), "link", "set", "lo", "up"], check=True)
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed command has its bytecode
         return
     os.environ[NAMESPACED] = "1"
-    arguments = ["unshare", "--net", "--mount", "--propagation", "private", sys.executable, "-m", "benchmarks", *sys.argv[1:]]
+    arguments = ["unshare", "--net", "--mount", "--propagation", "private", sys.executable, "-m", module, *sys.argv[1:]]
     os.execvp("unshare", arguments)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import resource
 import signal
 import sys
@@ -19,7 +21,8 @@ async def _main() -> None:
     structlog.contextvars.bind_contextvars(service="bus")
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
-            await nursery.start(run_broker, path)
+            trace = os.environ.get("PYX_LOG_LEVEL") == "debug"
+            await nursery.start(functools.partial(run_broker, trace=trace), path)
             notify_ready()
             structlog.get_logger("bus").info("ready", path=str(path))
             async for _ in signals:

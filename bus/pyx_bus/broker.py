@@ -68,11 +68,12 @@ class Connection(Peer):
 class Broker:
     """Serves one listening socket until cancelled."""
 
-    def __init__(self, *, allowed_gids: frozenset[int] = frozenset()) -> None:
+    def __init__(self, *, allowed_gids: frozenset[int] = frozenset(), trace: bool = False) -> None:
         self.router = Router(Journal(secrets.token_hex(8)), time.time_ns)
         self.dirty: dict[int, Connection] = {}
         self._allowed_uids = frozenset({0, os.geteuid()})
         self._allowed_gids = allowed_gids
+        self._trace = trace
 
     async def serve(self, listener: socket.socket) -> None:
         async with trio.open_nursery() as nursery:
@@ -163,6 +164,8 @@ class Broker:
     def _handle(self, receive: object, peer: Connection, frames: list[Frame]) -> None:
         assert callable(receive)
         for index, frame in enumerate(frames):
+            if self._trace:
+                log.debug("frame", peer=peer.name, frame=repr(frame))
             try:
                 receive(peer, frame)
             except ProtocolError:
@@ -237,11 +240,13 @@ def pyx_group() -> int:
         return -1
 
 
-async def run_broker(path: Path, task_status: trio.TaskStatus[Path] = trio.TASK_STATUS_IGNORED) -> None:
-    """Serve the bus at ``path`` until cancelled; the socket is removed at the end."""
+async def run_broker(
+    path: Path, task_status: trio.TaskStatus[Path] = trio.TASK_STATUS_IGNORED, *, trace: bool = False
+) -> None:
+    """Serve the bus at ``path`` until cancelled; the socket is removed at the end. ``trace`` logs the header of every frame."""
     gid = pyx_group()
     listener = listen(path, gid=gid)
-    broker = Broker(allowed_gids=frozenset({gid} if gid >= 0 else ()))
+    broker = Broker(allowed_gids=frozenset({gid} if gid >= 0 else ()), trace=trace)
     gc.freeze()
     try:
         task_status.started(path)

@@ -160,11 +160,10 @@ async def step(engine: Engine, live: Live, name: str, action: Step) -> None:
 
 async def take_down(engine: Engine, live: Live, *, ran: bool) -> None:
     """Everything of a run that's still there: runtime state, cgroup, shim, bundle; of a failed start also root and network."""
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(step, engine, live, "runtime", lambda: _delete(engine, live, ran=ran))
-        if ran:
-            await _drain(engine, live)
-        live.close_clients()
+    if ran:
+        await _drain(engine, live)  # first: those attached wait for the end of their output
+    live.close_clients()
+    await step(engine, live, "runtime", lambda: _delete(engine, live, ran=ran))
     if not ran:
         unmount(engine, live)
         await _release(engine, live, network_steps(engine, live))
