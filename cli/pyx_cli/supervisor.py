@@ -104,11 +104,16 @@ class Stack:
         return 0
 
     def up(self, detach: bool, timeout_s: float) -> int:
-        """Start the stack. Returns when it ended, or with ``detach`` as soon as every service serves."""
+        """Start the stack. Returns when it ended, or with ``detach`` as soon as every service serves (at once if all do already)."""
         if os.geteuid() != 0:
             raise CliError("the stack needs root: mounts, namespaces and networks are made by it")
         self._directories()
-        self._take_lock()
+        running = self._take_lock()
+        if running and detach:
+            sys.stderr.write(f"the stack in {self.run} is already running\n")
+            return self._await_ready(running, timeout_s, ours=False)
+        if running:
+            raise CliError(f"the stack in {self.run} is already running (supervisor {running})", 1, "stop it with: pyx system down")
         os.environ.update(PYX_ROOT=str(self.root), PYX_RUN=str(self.run), PYX_BUS=str(self.run / "bus.sock"))
         if not detach:
             self._outlive_predecessors()
@@ -132,13 +137,16 @@ class Stack:
             except KeyError:
                 pass  # no such group: root alone uses the stack
 
-    def _take_lock(self) -> None:
+    def _take_lock(self) -> int:
+        """Become the one supervisor of this stack: 0, or the process ID of the one there is."""
         self._lock = os.open(self._pidfile, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            pid = os.read(self._lock, 32).decode(errors="replace").strip()
-            raise CliError(f"the stack in {self.run} is already running (supervisor {pid})", 1, "stop it with: pyx system down") from None
+            text = os.read(self._lock, 32).strip()
+            os.close(self._lock)
+            return int(text) if text.isdigit() else -1
+        return 0
 
     def write_pid(self) -> None:
         os.ftruncate(self._lock, 0)
@@ -220,8 +228,11 @@ class Stack:
             return {}
         return {words[0]: int(words[1]) for words in map(str.split, lines) if len(words) > 1}
 
-    def _await_ready(self, pid: int, timeout_s: float) -> int:
-        """Wait until every service is registered on the bus; CliError with what the logs say if one isn't in time."""
+    def _await_ready(self, pid: int, timeout_s: float, *, ours: bool = True) -> int:
+        """Wait until every service is registered on the bus; CliError with what the logs say if one isn't in time.
+
+        ``ours``: the supervisor is our child, and may end while we wait.
+        """
         from pyx_bus.errors import BusError
         from pyx_bus.sync import Connection
 
@@ -230,7 +241,7 @@ class Stack:
         missing = set(wanted)
         connection: Connection | None = None
         while time.monotonic() < deadline:
-            if os.waitpid(pid, os.WNOHANG)[0]:
+            if ours and os.waitpid(pid, os.WNOHANG)[0]:
                 raise CliError(f"the supervisor ended at once\n{self._tail('supervisor')}")
             try:
                 if self._pidfile.read_text().strip() != str(pid):
