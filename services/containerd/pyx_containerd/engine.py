@@ -109,9 +109,9 @@ class Engine:
         self.log: Any = context.log
         self.nursery: trio.Nursery = context.nursery
         self.store = store
-        self.zygote = Zygote()
         self.bundles: Path = context.run / "bundles"
         self.cgroup_parent = f"/{context.prefix}"
+        self.zygote = Zygote(f"{self.cgroup_parent}/{kernel.SHIM_CGROUP}")
         self.warm_path = ""
         self.containers: dict[str, Live] = {}
         self.names: dict[str, str] = {}
@@ -207,15 +207,19 @@ class Engine:
         self.log.warning("clean-up step failed", container=container_id, step=what, error=message)
 
     def close(self) -> None:
-        """At the orderly end. Containers and their shims go on; the warm-up cgroup goes, and its parent if it's empty."""
+        """At the orderly end. Containers and their shims go on; cgroups that nobody is in go."""
         for live in list(self.containers.values()):
             if live.shim is not None:
                 live.shim.close()
         self.zygote.close()
-        for _ in range(20):  # the last warm-up's process may still be on its way out
-            if kernel.remove_cgroup(f"{self.cgroup_parent}/warm"):
-                break
-            time.sleep(0.005)
+        ours = [kernel.WARM_CGROUP]
+        if not any(live.running for live in self.containers.values()):
+            ours.append(kernel.SHIM_CGROUP)
+        for name in ours:
+            for _ in range(20):  # the last warm-up's process, or the last shim, may still be on its way out
+                if kernel.remove_cgroup(f"{self.cgroup_parent}/{name}"):
+                    break
+                time.sleep(0.005)
         for place in kernel.cgroup_directories(self.cgroup_parent):
             try:
                 place.rmdir()

@@ -35,6 +35,9 @@ _FLAGS = {
     "defaults": 0,
 }
 CGROUP_ROOT = Path("/sys/fs/cgroup")
+# Beside those of containers, in the stack's cgroup:
+WARM_CGROUP, SHIM_CGROUP = "warm", "shims"
+OWN_CGROUPS = (WARM_CGROUP, SHIM_CGROUP)
 
 
 def _check(result: int, call: str, path: str) -> int:
@@ -263,13 +266,34 @@ def warm_path(parent: str) -> str:
     for root in hierarchies():
         if root.name == "cpuset":
             continue  # refuses processes until its cpus are set
-        place = root / parent.lstrip("/") / "warm"
+        place = root / parent.lstrip("/") / WARM_CGROUP
         try:
             place.mkdir(parents=True, exist_ok=True)
         except OSError:
             continue
         return str(place / "cgroup.procs")
     return ""
+
+
+def shim_cgroups(path: str) -> list[str]:
+    """Make the cgroup ``path`` in the hierarchies where systemd tracks services; their cgroup.procs. [] without systemd (sd_booted(3)).
+
+    Shims must leave the service's cgroup: who is in it is killed with the service by ``systemctl kill``, systemd-oomd or a unit
+    without KillMode=process, and counted as its memory.
+    """
+    if not Path("/run/systemd/system").is_dir():
+        return []
+    made = []
+    for root in (CGROUP_ROOT, CGROUP_ROOT / "unified", CGROUP_ROOT / "systemd"):
+        if not (root / "cgroup.procs").exists():
+            continue
+        place = root / path.lstrip("/")
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise KernelError(error.errno or 0, "mkdir", str(place)) from None
+        made.append(str(place / "cgroup.procs"))
+    return made
 
 
 def capability_bound() -> int:

@@ -157,7 +157,7 @@ async def _ignore(*_: object) -> None:
 def _remove_stray_cgroups(engine: Engine) -> None:
     for parent in kernel.cgroup_directories(engine.cgroup_parent):
         for entry in os.scandir(parent):
-            if entry.is_dir() and entry.name not in engine.containers and entry.name != "warm":
+            if entry.is_dir() and entry.name not in engine.containers and entry.name not in kernel.OWN_CGROUPS:
                 path = f"{engine.cgroup_parent}/{entry.name}"
                 kernel.kill_cgroup(path)
                 kernel.remove_cgroup(path)

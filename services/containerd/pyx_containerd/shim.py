@@ -6,9 +6,10 @@ file for that reason: what is run by path can't import its neighbours.
 
 Theory of operation
 -------------------
-containerd starts the *zygote* with a SEQPACKET socket as descriptor 3. A ``FORK`` message carries the bundle directory and one end
-of a socketpair; the zygote forks, and the child is the shim of that container with its first connection in hand. The zygote ends
-when containerd does; shims live on.
+containerd starts the *zygote* with a SEQPACKET socket as descriptor 3. Its arguments are the cgroup.procs files of the cgroups it and
+the shims shall live in (else that would be containerd's, which systemd may kill). A ``FORK`` message carries the bundle directory and
+one end of a socketpair; the zygote forks, and the child is the shim of that container with its first connection in hand. The zygote
+ends when containerd does; shims live on.
 
 A *shim* sits in its bundle directory (so every name it uses is relative and short), is a subreaper, and therefore becomes the parent
 of the container's init once the OCI runtime, which it runs, has exited. It:
@@ -69,6 +70,7 @@ _LENGTH = struct.Struct(">I")
 _MSG_CMSG_CLOEXEC = 0x40000000
 _SIGCHLD, _SIGPIPE, _SIGXFSZ = 17, 13, 25
 _TIOCSWINSZ = 0x5414
+_OOM_SCORE_ADJ = b"-998"  # the last to go: it keeps the exit status
 
 
 class ProtocolError(Exception):
@@ -186,6 +188,8 @@ class _Shim:
         self.ending = False
         self.wakeup = wakeup
         self.null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        self.oom_fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
+        self.adjust_oom(_OOM_SCORE_ADJ)
         self.listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
         try:
             os.unlink(SOCKET_NAME)
@@ -291,16 +295,28 @@ class _Shim:
         except OSError:
             self.drop_connection(conn)  # gone, or it doesn't read: it'll ask for the state when it is back
 
+    def adjust_oom(self, score: bytes) -> None:
+        try:
+            os.write(self.oom_fd, score)
+        except OSError:  # without CAP_SYS_RESOURCE it can't be lowered
+            pass
+
     def execute(self, argv: list[bytes], stdio: list[int]) -> int:
-        # Python ignores SIGPIPE and SIGXFSZ; an ignored signal is inherited through exec, down to the container's init.
-        return os.posix_spawn(
-            argv[0],
-            argv,
-            os.environ,
-            file_actions=[(os.POSIX_SPAWN_DUP2, stdio[number], number) for number in range(3)],
-            setsigdef=(_SIGPIPE, _SIGXFSZ, _SIGCHLD),
-            setsigmask=(),
-        )
+        # The runtime starts from the kernel's default, not from ours: crun takes an oomScoreAdj of 0 for none and would let the
+        # container have what it inherited.
+        self.adjust_oom(b"0")
+        try:
+            # Python ignores SIGPIPE and SIGXFSZ; an ignored signal is inherited through exec, down to the container's init.
+            return os.posix_spawn(
+                argv[0],
+                argv,
+                os.environ,
+                file_actions=[(os.POSIX_SPAWN_DUP2, stdio[number], number) for number in range(3)],
+                setsigdef=(_SIGPIPE, _SIGXFSZ, _SIGCHLD),
+                setsigmask=(),
+            )
+        finally:
+            self.adjust_oom(_OOM_SCORE_ADJ)
 
     def spawn(self, conn: _Connection, serial: int, fields: list[bytes], fds: list[int]) -> None:
         key, tty, rows, columns, pid_file, names = fields[:6]
@@ -517,12 +533,6 @@ def _become_shim(conn: _socket.socket, bundle: bytes, name: bytes) -> None:
         os.chdir(bundle)
         _prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
         _prctl(15, b"pyx-s:" + name[:9])  # PR_SET_NAME, 15 bytes
-        try:
-            fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
-            os.write(fd, b"-998")  # the last to go: it keeps the exit status. Every container gets its own value from its spec.
-            os.close(fd)
-        except OSError:
-            pass
         reader, writer = os.pipe()
         os.set_blocking(reader, False)
         os.set_blocking(writer, False)
@@ -541,12 +551,21 @@ def _become_shim(conn: _socket.socket, bundle: bytes, name: bytes) -> None:
 def _warm(path: bytes) -> None:
     """Move this short-lived process into a cgroup: the first migration after a while waits for an RCU grace period (about 16 ms),
     the next ones don't; so the runtime's, moments later, find the way already free."""
+    _enter_cgroup(path)
+    os._exit(0)
+
+
+def _enter_cgroup(procs: bytes | str) -> None:
+    """Move this process into the cgroup whose cgroup.procs that is, as far as that's possible."""
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        fd = os.open(procs, os.O_WRONLY | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
         os.write(fd, b"0")
     except OSError:
         pass
-    os._exit(0)
+    os.close(fd)
 
 
 def zygote(control: int) -> None:
@@ -557,6 +576,10 @@ def zygote(control: int) -> None:
     _signal.signal(_SIGCHLD, _signal.SIG_IGN)  # shims aren't waited for: the kernel reaps them
     _signal.signal(2, _signal.SIG_IGN)  # a terminal's ctrl-c is for the foreground program, the zygote follows containerd
     import fcntl  # noqa: F401  loaded here once, shared by every shim
+    import sys
+
+    for path in sys.argv[1:]:
+        _enter_cgroup(path)
 
     _prctl(15, b"pyx-zygote")
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, control)

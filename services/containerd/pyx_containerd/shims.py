@@ -19,6 +19,7 @@ import trio
 
 from pyx_bus import errors
 
+from . import kernel
 from . import shim as wire
 
 REPLY_TIMEOUT_S = 10.0
@@ -54,9 +55,13 @@ class RuntimeFailed(Exception):
 
 
 class Zygote:
-    """The process shims are forked from. Started when first needed, and again whenever it has died."""
+    """The process shims are forked from. Started when first needed, and again whenever it has died.
 
-    def __init__(self) -> None:
+    ``cgroup``: what it and so the shims shall move into, where systemd keeps services in cgroups (see ``kernel.shim_cgroups``).
+    """
+
+    def __init__(self, cgroup: str = "") -> None:
+        self._cgroup = cgroup
         self._pid = 0
         self._control: _socket.socket | None = None
 
@@ -66,7 +71,8 @@ class Zygote:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             fd = theirs.fileno()
-            argv = [sys.executable, "-I", "-S", "-OO", wire.__file__]
+            moves = kernel.shim_cgroups(self._cgroup) if self._cgroup else []
+            argv = [sys.executable, "-I", "-S", "-OO", wire.__file__, *moves]
             # the zygote wants its socket as descriptor 3; sh-free: a preexec would fork the whole service
             spawned = os.posix_spawn(
                 sys.executable,
