@@ -9,6 +9,7 @@ Nothing here blocks the loop: the socket is non-blocking and written at once; on
 
 from __future__ import annotations
 
+import errno
 import logging
 import secrets
 import socket
@@ -27,7 +28,7 @@ from .server import Call, Service, serve_call
 from .session import Incoming, Session, pong
 from .sync import connect_unix, default_path
 from .transport import Transport, close_fds
-from .wire import ACK, CALL, CANCEL, CREDIT, PING, PUBLISH, Frame, ProtocolError, encode
+from .wire import ACK, CALL, CANCEL, CREDIT, MAX_EVENT, PING, PUBLISH, Frame, ProtocolError, encode
 
 log = logging.getLogger("pyx_bus.client")  # not structlog: this is a library, its user decides where it logs
 
@@ -41,6 +42,9 @@ RETRY_FOR_S = 30.0
 MAX_BUFFERED_EVENTS = 16_384
 # Events not yet acknowledged by the broker. At about 300 bytes each this is 20 MB, some hours of a busy host without its broker.
 MAX_UNACKNOWLEDGED = 65_536
+
+# What sendmsg(2) and dup(2) say of the descriptors that shall travel; the connection is well.
+_NOT_THE_SOCKETS = (errno.EBADF, errno.EMFILE, errno.ENFILE, errno.ETOOMANYREFS)
 
 _encode_body = msgspec.msgpack.encode
 _decoders: dict[type[Message], msgspec.msgpack.Decoder[Any]] = {}
@@ -80,7 +84,6 @@ class _Subscription:
         self.dropped = 0
         self.first_dropped = 0
         self.wake = anyio.Event()
-        self.failure: errors.BusError | None = None
 
     def push(self, message: Incoming) -> None:
         self.since = message.offset + 1
@@ -274,9 +277,17 @@ class Bus:
     # --- events ------------------------------------------------------------------------------------------------------
 
     def publish(self, event: Event) -> None:
-        """Publish an event. Kept and repeated until the broker has acknowledged it; ``events_dropped`` counts what the bound cost."""
+        """Publish an event. Kept and repeated until the broker has acknowledged it; ``events_dropped`` counts what the bounds cost.
+
+        Never fails: what has happened has happened, whether or not it can be told.
+        """
+        topic, body = type(event).topic.encode(), _encode_body(event)
+        if len(topic) + len(body) > MAX_EVENT:
+            log.error("an event is too large to be told: %s of %s, %d bytes", event.topic, event.id, len(body))
+            self.events_dropped += 1
+            return
         self._sequence += 1
-        data = encode(PUBLISH, type(event).topic.encode(), _encode_body(event), 0, 0, self._sequence)
+        data = encode(PUBLISH, topic, body, 0, 0, self._sequence)
         if len(self._unacknowledged) >= MAX_UNACKNOWLEDGED:
             self._unacknowledged.popleft()
             self.events_dropped += 1
@@ -294,11 +305,19 @@ class Bus:
         """
         subscription = _Subscription(list(patterns), since)
         await self._wait_up(None)
-        subscription_id, pending = self._subscribe(subscription)
-        await pending.pop()
+        session = self._session
+        subscription_id, serial, pending = self._subscribe(subscription)
         try:
+            answer = await pending.pop()
+            if subscription.since is None and session is self._session:
+                # From now on: also if the connection breaks before the first event.
+                subscription.since = int(str(answer.body["next_offset"]))
+            if session is self._session:
+                del self._pending[serial]
             yield self._iterate(subscription)
         finally:
+            if session is self._session:
+                self._pending.pop(serial, None)
             for key, value in list(self._subscriptions.items()):
                 if value is subscription:
                     subscription_id = key
@@ -306,7 +325,8 @@ class Bus:
             if self._up.is_set():
                 self._send(self._session.unsubscribe(subscription_id))
 
-    def _subscribe(self, subscription: _Subscription) -> tuple[int, _Pending]:
+    def _subscribe(self, subscription: _Subscription) -> tuple[int, int, _Pending]:
+        """(its ID, the serial of the answer, the answer)."""
         if subscription.bus_id and subscription.bus_id != self._session.bus_id:
             subscription.since = "beginning"  # another journal: its offsets mean nothing here
         subscription.bus_id = self._session.bus_id
@@ -314,13 +334,11 @@ class Bus:
         pending = self._pending[serial] = _Pending()
         self._subscriptions[subscription_id] = subscription
         self._send(data)
-        return subscription_id, pending
+        return subscription_id, serial, pending
 
     async def _iterate(self, subscription: _Subscription) -> AsyncIterator[ReceivedEvent]:
         while True:
             while not subscription.events:
-                if subscription.failure is not None:
-                    raise subscription.failure
                 subscription.wake = anyio.Event()
                 await subscription.wake.wait()
             if subscription.dropped:
@@ -407,7 +425,7 @@ class Bus:
             call = self._served.get((frame.peer, frame.serial))
             if call is not None:
                 if kind == CANCEL:
-                    call.scope.cancel()
+                    call.abandon()
                 else:
                     call.add_credit(frame.arg)
         elif kind == ACK:
@@ -447,7 +465,8 @@ class Bus:
         assert self._group is not None
         subscriptions, self._subscriptions = self._subscriptions, {}
         for subscription in subscriptions.values():
-            self._subscribe(subscription)
+            _, serial, _ = self._subscribe(subscription)
+            del self._pending[serial]  # it was accepted before: nobody waits for the answer
         for _, data in self._unacknowledged:
             self._send(data)
         self._failure = None
@@ -489,7 +508,9 @@ class Bus:
         try:
             if transport.send(data, fds) or self._flushing:
                 return
-        except OSError:
+        except OSError as error:
+            if fds and error.errno in _NOT_THE_SOCKETS:
+                raise errors.Internal(f"can't pass descriptors over the bus: {error}") from error
             return  # the reader sees the same, and handles it
         assert self._group is not None
         self._flushing = True
@@ -518,7 +539,8 @@ class Bus:
         session = self._session
 
         def done() -> None:
-            self._served.pop(key, None)
+            if self._served.get(key) is call:  # else it was cancelled, and the caller has used its number again
+                del self._served[key]
 
         def send(data: bytes, fds: Sequence[int] = ()) -> None:
             if session is self._session:  # an answer over another connection would be somebody else's

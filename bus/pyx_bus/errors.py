@@ -11,6 +11,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:  # importing typing costs the command line some milliseconds
     from typing import ClassVar
 
+# An error is for people and must fit into a frame with room to spare.
+MAX_TEXT = 16 << 10
+MAX_DETAILS = 32
+
+
 class BusError(Exception):
     """Base of every error that crosses the bus.
 
@@ -121,13 +126,23 @@ BY_CODE: dict[str, type[BusError]] = {
 
 
 def to_body(error: BusError) -> dict[str, object]:
-    """The error's form on the wire (docs/bus.md, "ERROR")."""
-    body: dict[str, object] = {"code": error.code, "message": error.message}
+    """The error's form on the wire (docs/bus.md, "ERROR").
+
+    It can always be sent: a message quotes what the caller or a file system gave, however long that is and whatever bytes it has.
+    """
+    body: dict[str, object] = {"code": error.code, "message": _sendable(error.message)}
     if error.hint:
-        body["hint"] = error.hint
+        body["hint"] = _sendable(error.hint)
     if error.details:
-        body["details"] = error.details
+        body["details"] = {_sendable(key): _sendable(error.details[key]) for key in list(error.details)[:MAX_DETAILS]}
     return body
+
+
+def _sendable(text: str) -> str:
+    """Valid UTF-8 (a file's name may have come as surrogates), and short enough."""
+    if len(text) > MAX_TEXT:
+        text = text[: MAX_TEXT // 2] + " ... " + text[-MAX_TEXT // 2 :]
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def from_body(body: object) -> BusError:

@@ -25,6 +25,7 @@ from .wire import (
     GAP,
     HELLO,
     ITEM,
+    MAX_EVENT,
     MAX_FRAME,
     PING,
     PONG,
@@ -132,6 +133,8 @@ class Router:
             raise ProtocolError(f"expected HELLO, got {frame!r}")
         if frame.fds and kind not in (CALL, RESULT, ITEM):
             raise ProtocolError(f"{frame!r} can't carry descriptors")
+        if peer.queued_bytes > 2 * MAX_QUEUED_BYTES:  # what others send it stops at half of that: it's its own doing
+            raise ProtocolError("it goes on asking and doesn't read the answers")
         if kind == CALL:
             self._call(peer, frame)
         elif kind in (RESULT, ERROR, ITEM):
@@ -249,6 +252,8 @@ class Router:
         if frame.kind == CANCEL:
             del peer.calls[frame.serial]
             service.incoming.discard((peer.id, frame.serial))
+        elif service.queued_bytes > 2 * MAX_QUEUED_BYTES:
+            raise ProtocolError(f"{service.service} doesn't read, and the caller goes on giving it credit")
         service.send(encode(frame.kind, b"", b"", peer.id, frame.serial, frame.arg))
 
     def _error(self, peer: Peer, serial: int, error: errors.BusError) -> None:
@@ -289,6 +294,8 @@ class Router:
 
     def _publish(self, peer: Peer, frame: Frame) -> None:
         """Journal, acknowledge, deliver. A sequence number already seen from this publisher is only acknowledged."""
+        if len(frame.route) + len(frame.body) > MAX_EVENT:  # in the journal it would end every subscriber's connection
+            raise ProtocolError(f"event of {len(frame.body)} bytes is larger than the limit of {MAX_EVENT}")
         if peer.publisher:
             if frame.arg <= self._published.get(peer.publisher, 0):
                 peer.send(encode(ACK, b"", b"", 0, 0, frame.arg))

@@ -28,6 +28,10 @@ class Reply(Protocol):
     def __call__(self, data: bytes, fds: Sequence[int] = ...) -> None: ...
 
 
+def _to_nobody(data: bytes, fds: Sequence[int] = ()) -> None:
+    """An answer nobody waits for."""
+
+
 class Call:
     """One call being served.
 
@@ -77,6 +81,12 @@ class Call:
     def fail(self, error: errors.BusError) -> None:
         self.reply(encode(ERROR, b"", packb(errors.to_body(error)), self._peer, self._serial))
         self.close()
+
+    def abandon(self) -> None:
+        """The caller has cancelled. Nothing is answered any more, even if the handler shields itself: the caller may use the serial
+        for another call."""
+        self.reply = _to_nobody
+        self.scope.cancel()
 
     def close(self) -> None:
         close_fds(self.take_fds())

@@ -29,6 +29,8 @@ HEADER_SIZE = HEADER.size
 
 # A frame holds messages, never bulk: 4 MiB is a `ps` of some 8,000 containers. It bounds what one peer makes another allocate.
 MAX_FRAME = 4 << 20
+# An event's topic and payload: the broker puts the source and the time before them, and the whole must still fit into a frame.
+MAX_EVENT = MAX_FRAME - 1024
 # Before the handshake nothing longer than a HELLO is acceptable.
 MAX_HELLO = 4096
 # The kernel allows 253 (SCM_MAX_FD); nobody needs more than stdio and a few.
@@ -129,10 +131,11 @@ class Decoder:
     a set of descriptors was sent with, but may begin before it), so a queue is enough: a frame takes as many as its header says.
     """
 
-    __slots__ = ("_buffer", "_fds", "_limit")
+    __slots__ = ("_buffer", "_fds", "_limit", "_needed")
 
     def __init__(self, first_frame_limit: int = MAX_FRAME) -> None:
-        self._buffer = b""
+        self._buffer = bytearray()
+        self._needed = 0  # bytes the frame in the buffer will have: till then arriving data is only appended, never looked through
         self._fds: list[int] = []
         self._limit = first_frame_limit
 
@@ -142,10 +145,14 @@ class Decoder:
         if fds:
             self._fds.extend(fds)
         if self._buffer:
-            data = self._buffer + data
+            self._buffer += data
+            if len(self._buffer) < self._needed and len(self._fds) <= MAX_FDS:
+                return []
+            data = bytes(self._buffer)
         frames: list[Frame] = []
         offset = 0
         end = len(data)
+        self._needed = HEADER_SIZE
         unpack = HEADER.unpack_from
         while end - offset >= HEADER_SIZE:
             size, kind, _flags, nfds, route_size, peer, serial, arg = unpack(data, offset)
@@ -153,6 +160,7 @@ class Decoder:
                 self._drop(frames)
                 raise ProtocolError(f"bad frame header: size {size}, route {route_size}, {nfds} descriptors")
             if size > end - offset:
+                self._needed = size
                 break
             start = offset + HEADER_SIZE
             offset += size
@@ -167,7 +175,7 @@ class Decoder:
                 del self._fds[:nfds]
             frames.append(frame)
             self._limit = MAX_FRAME
-        self._buffer = data[offset:] if offset < end else b""
+        self._buffer = bytearray(data[offset:])
         if self._fds and (not self._buffer or len(self._fds) > MAX_FDS):
             self._drop(frames)
             raise ProtocolError(f"{len(self._fds)} descriptors came with no frame to hold them")

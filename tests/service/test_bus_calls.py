@@ -11,7 +11,7 @@ import pytest
 import trio
 import trio.testing
 
-from pyx_bus import client, errors, sync, testing
+from pyx_bus import client, errors, sync, testing, wire
 from pyx_bus.broker import run_broker
 from pyx_bus.contract.base import Empty, Message, Method
 from pyx_bus.contract.volumed import VolumeCreated
@@ -276,3 +276,76 @@ async def test_client_works_on_asyncio_too(bus_path: Path, toy: Toy) -> None:
             return (await bus.call(ECHO, Ask(text="from asyncio"))).text
 
     assert await trio.to_thread.run_sync(lambda: anyio.run(watch, backend="asyncio")) == "from asyncio"
+
+
+async def test_an_error_that_quotes_anything_reaches_its_caller(tmp_path: Path) -> None:
+    """What a message quotes may be as long as a frame and hold bytes that are no text."""
+
+    async def setup(context: Context) -> Service:
+        service = Service("toy")
+
+        @service.method(FAIL)
+        async def fail(call: Call, request: Ask) -> Answer:
+            text = "\udc80" if request.count else request.text
+            raise errors.NotFound(f'no such thing: "{text}"', hint=f"not {text}", details={"what": text})
+
+        return service
+
+    async with testing.broker(tmp_path) as path, testing.serve(path, "toy", setup), client.connect(str(path)) as bus:
+        with pytest.raises(errors.NotFound) as caught:
+            await bus.call(FAIL, Ask(text="x" * (wire.MAX_FRAME - 100)), timeout_s=5)
+        assert caught.value.message.startswith('no such thing: "xxx') and len(caught.value.message) < 20_000
+        with pytest.raises(errors.NotFound) as caught:
+            await bus.call(FAIL, Ask(count=1), timeout_s=5)
+        assert caught.value.message == 'no such thing: "\\udc80"'
+
+
+async def test_a_cancelled_call_s_number_can_be_used_again(tmp_path: Path) -> None:
+    """Its handler may shield itself and answer late: that isn't the answer to the call that has its number now."""
+    first_ends, first_ended = trio.Event(), trio.Event()
+
+    async def setup(context: Context) -> Service:
+        service = Service("toy")
+
+        @service.method(ECHO)
+        async def echo(call: Call, request: Ask) -> Answer:
+            if request.text == "first":
+                with trio.CancelScope(shield=True):
+                    await first_ends.wait()
+                first_ended.set()
+                return Answer(text="first")
+            if request.text == "third":
+                return Answer()
+            await trio.sleep_forever()
+            raise AssertionError
+
+        return service
+
+    async with testing.broker(tmp_path) as path, testing.serve(path, "toy", setup), client.connect(str(path)) as bus:
+        with trio.move_on_after(0.05):
+            await bus.call(ECHO, Ask(text="first"))
+        await bus.call(ECHO, Ask(text="third"))  # frames stay in order: the service has seen the cancellation
+        bus._session._serial = 0
+        with trio.move_on_after(0.05) as second:
+            async with bus.stream(ECHO, Ask(text="second")) as stream:
+                first_ends.set()
+                await first_ended.wait()
+                await stream.result()
+        assert second.cancelled_caught
+
+
+async def test_a_subscription_given_up_leaves_nothing(tmp_path: Path) -> None:
+    async with testing.broker(tmp_path) as path, client.connect(str(path)) as bus:
+        async with bus.events("a.*"):
+            assert bus._pending == {}
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            async with bus.events("b.*"):
+                pass
+        assert bus._subscriptions == {} and bus._pending == {}
+
+
+async def test_descriptors_that_cannot_be_passed_are_an_error(tmp_path: Path) -> None:
+    async with testing.broker(tmp_path) as path, client.connect(str(path)) as bus:
+        with trio.fail_after(5), pytest.raises(errors.Internal, match="descriptors"):
+            await bus.call(ECHO, Ask(), fds=[999_999])  # no such descriptor

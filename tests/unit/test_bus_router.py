@@ -248,3 +248,25 @@ def test_names_are_registered_once() -> None:
     for name in (b"toy", b"bus", b"", b"a.b"):
         bench.router.receive(other, Frame(wire.REGISTER, name, serial=1))
     assert errors_in(other.take()) == ["already_exists", "invalid_argument", "invalid_argument", "invalid_argument"]
+
+
+def test_who_goes_on_asking_without_reading_is_sent_away() -> None:
+    bench = Bench()
+    deaf = bench.peer()
+    deaf.backlog = 2 * MAX_QUEUED_BYTES + 1
+    for kind in (wire.PING, wire.PUBLISH, wire.CALL, wire.SUBSCRIBE):
+        with pytest.raises(ProtocolError, match="doesn't read"):
+            bench.router.receive(deaf, Frame(kind, b"bus.stats", serial=7))
+    assert deaf.take() == []
+
+
+def test_an_event_too_large_to_be_delivered_never_gets_into_the_journal() -> None:
+    bench = Bench()
+    publisher, reader = bench.peer("publisher"), bench.peer("reader")
+    payload = b"\xa0" * (wire.MAX_FRAME - wire.HEADER_SIZE - len(b"a.b"))
+    with pytest.raises(ProtocolError, match="event of"):
+        bench.router.receive(publisher, Frame(wire.PUBLISH, b"a.b", payload, arg=1))
+    bench.router.receive(publisher, Frame(wire.PUBLISH, b"a.b", b"\xa0" * (wire.MAX_EVENT - 3), arg=2))
+    body = packb({"patterns": [">"], "since": "beginning"})
+    bench.router.receive(reader, Frame(wire.SUBSCRIBE, b"", body, peer=1, serial=1))
+    assert [frame.kind for frame in reader.take()] == [wire.RESULT, wire.EVENT]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -111,3 +113,15 @@ def test_frame_without_its_descriptors_is_an_error() -> None:
 )
 def test_topic_patterns(pattern: str, topic: str, expected: bool) -> None:
     assert topic_matches(pattern, topic) is expected
+
+
+def test_a_frame_in_tiny_pieces_costs_no_copy_of_what_came_before() -> None:
+    data = Frame(wire.CALL, b"a.b", bytes(wire.MAX_FRAME - wire.HEADER_SIZE - 3), serial=1).encode()
+    decoder = Decoder()
+    assert decoder.feed(data[:-40_000]) == []
+    started = time.process_time()
+    for byte in data[-40_000:-1]:
+        assert decoder.feed(bytes((byte,))) == []
+    assert time.process_time() - started < 5  # copying would be 160 GB
+    (frame,) = decoder.feed(data[-1:])
+    assert len(frame.body) == wire.MAX_FRAME - wire.HEADER_SIZE - 3
