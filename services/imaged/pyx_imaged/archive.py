@@ -102,6 +102,8 @@ class Archive:
             found = self._oci_image(entry.descriptor, wanted, depth=0)
             if found is None:
                 continue
+            if "@" in name:
+                name = ""  # what a registry has isn't an archive's to say, and pinned names trust it
             key = sha256(found.config) + found.digest
             before = images[key].names if key in images else ()
             names = (*before, name) if name and name not in before else before
@@ -141,7 +143,8 @@ class Archive:
         if len(diff_ids) != len(members):
             raise InvalidArgument(f"image config names {len(diff_ids)} layers, the archive has {len(members)}")
         for name in names:
-            reference.parse(name)
+            if reference.parse(name).digest:  # as Docker: what a registry has isn't an archive's to say, and pinned names trust it
+                raise InvalidArgument(f'image archive with an invalid tag: "{name}"')
         layers = (ArchiveLayer(*layer) for layer in zip(members, diff_ids, types, strict=True))
         return ArchiveImage(config, tuple(layers), tuple(names))
 

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from pyx_bus.contract.imaged import HealthCheck, ImageConfig
 from pyx_bus.errors import InvalidArgument
 
@@ -68,6 +70,10 @@ def load(data: bytes, what: str, limit: int = MANIFEST_LIMIT) -> dict[str, Any]:
         raise InvalidArgument(f"{what} is not valid JSON") from None
     if not isinstance(document, dict):
         raise InvalidArgument(f"{what} is not a JSON object")
+    try:
+        msgspec.msgpack.encode(document)
+    except (UnicodeEncodeError, OverflowError, RecursionError):  # kept, it would make every answer with it in it fail
+        raise InvalidArgument(f"{what} has half a character, or a number beyond 64 bits") from None
     return document
 
 
@@ -146,18 +152,20 @@ def platform_of(config: Mapping[str, Any]) -> platforms.Platform:
 
 
 def created_ns(config: Mapping[str, Any]) -> int:
-    """Unix time of ``created`` (RFC 3339) in nanoseconds; 0 if it isn't said."""
+    """Unix time of ``created`` (RFC 3339) in nanoseconds; 0 if it isn't said, or isn't between the years 1678 and 2262: 64 bits."""
     match = _RFC3339.fullmatch(str(config.get("created") or ""))
     if not match:
         return 0
     year, month, day, hour, minute, second, fraction, sign, off_hour, off_minute = match.groups()
-    if int(year) <= 1:
-        return 0  # Go's zero time
-    seconds = calendar.timegm((int(year), int(month), int(day), int(hour), int(minute), int(second), 0, 0, 0))
+    try:
+        seconds = calendar.timegm((int(year), int(month), int(day), int(hour), int(minute), int(second), 0, 0, 0))
+    except ValueError:
+        return 0  # the thirteenth month, the year 0
     if sign:
         offset = int(off_hour) * 3600 + int(off_minute) * 60
         seconds -= offset if sign == "+" else -offset
-    return seconds * 1_000_000_000 + int((fraction or "0").ljust(9, "0"))
+    created = seconds * 1_000_000_000 + int((fraction or "0").ljust(9, "0"))
+    return created if -(2**63) <= created < 2**63 else 0  # Go's zero time is the year 1
 
 
 def rfc3339(time_ns: int) -> str:
