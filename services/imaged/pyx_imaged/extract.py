@@ -30,6 +30,9 @@ _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _LINKS_LIMIT = 40  # the kernel's own MAXSYMLINKS
 _SPARE_DESCRIPTORS = 100  # of the process's limit that aren't for the cache: a path's own walk, the file, the archive
 _IMPLIED_LIMIT = 32 << 20  # bytes of names of directories that are only implied: they're remembered and reported
+_TIMES_LIMIT = 256 << 20  # bytes of names of directories: they're remembered until the end, for their times
+_LOOK_EVERY = 10_000  # entries: a directory takes a block, everything takes an inode
+_MIN_FREE_INODES = 10_000
 _COPY = 1 << 20
 _PATH_LIMIT = 4096
 _WHITEOUT, _OPAQUE, _META = b".wh.", b".wh..wh..opq", b".wh..wh."
@@ -74,6 +77,7 @@ class Extractor:
         self._cache_limit = max(16, min(soft - _SPARE_DESCRIPTORS, 8192))
         self._next_look = 0
         self._implied_bytes = 0
+        self._times_bytes = 0
         self._stale = False
         self.result = Unpacked(implied={b""})
 
@@ -90,6 +94,8 @@ class Extractor:
             self.result.entries += 1
             if self.result.entries > self._limits.max_entries:
                 raise LimitError(f"archive with more than {self._limits.max_entries} entries")
+            if self.result.entries % _LOOK_EVERY == 0:
+                self._look(0)
             if self._stale or len(self._cache) >= self._cache_limit:
                 self._drop_cache()  # here only: inside an entry its descriptors are in use
             try:
@@ -305,6 +311,10 @@ class Extractor:
         finally:
             os.close(fd)
         self.result.implied.discard(b"/".join(parts))
+        if parts not in self._times:
+            self._times_bytes += len(entry.name)
+            if self._times_bytes > _TIMES_LIMIT:
+                raise LimitError("archive with too many directories")
         self._times[parts] = entry.mtime_ns
 
     def _special(self, entry: Entry, parts: tuple[bytes, ...], parent: int) -> None:
@@ -383,7 +393,10 @@ class Extractor:
         except IsADirectoryError:
             for known in [known for known in self._times if known[: len(parts)] == parts]:
                 del self._times[known]
-            shutil.rmtree(parts[-1], dir_fd=parent)
+            try:
+                shutil.rmtree(parts[-1], dir_fd=parent)
+            except RecursionError:
+                raise LayerError("archive that replaces directories nested too deeply") from None
             prefix = b"/".join(parts)
             self.result.implied = {p for p in self.result.implied if p != prefix and not p.startswith(prefix + b"/")}
 
@@ -407,11 +420,18 @@ class Extractor:
         if self.result.size_bytes > self._limits.max_bytes:
             raise LimitError(f"archive of more than {self._limits.max_bytes} bytes")
         if self.result.size_bytes >= self._next_look:
-            status = os.fstatvfs(self._root)
-            free = status.f_bavail * status.f_frsize
-            if free - size < self._limits.min_free_bytes:
-                raise OSError(errno.ENOSPC, "no space left for the layer")
+            free = self._look(size)
             self._next_look = self.result.size_bytes + min(64 << 20, max(free >> 3, 1 << 20))
+
+    def _look(self, size: int) -> int:
+        """Whether there's room for ``size`` more bytes; how many are free."""
+        status = os.fstatvfs(self._root)
+        free = status.f_bavail * status.f_frsize
+        if free - size < self._limits.min_free_bytes:
+            raise OSError(errno.ENOSPC, "no space left for the layer")
+        if status.f_files and status.f_favail < _MIN_FREE_INODES:  # a file system that makes them as it goes says 0
+            raise OSError(errno.ENOSPC, "no inodes left for the layer")
+        return free
 
     def _skip(self, entry: Entry, read: Read) -> None:
         left = entry.size + entry.padding if entry.kind not in (tarstream.LINK, tarstream.SYMLINK) else 0

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 
 BLOCK = 512
 _EXTENDED_LIMIT = 1 << 20  # of one pax or GNU long-name header; real ones have a few KiB
+_XATTR_NAME_LIMIT = 255  # xattr(7)
 _NS = 1_000_000_000
 _ID_LIMIT = 2**32 - 1  # (uid_t)-1 means "leave it" to chown(2)
+_DEVICE_LIMITS = 1 << 12, 1 << 20  # of major and minor numbers in Linux
 _TIME_LIMIT_NS = 2**33 * _NS  # what ext4 can keep, give or take; a time beyond it is kept as the last possible one
 
 REGULAR, LINK, SYMLINK, CHARACTER, BLOCK_DEVICE, DIRECTORY, FIFO = b"0", b"1", b"2", b"3", b"4", b"5", b"6"
@@ -157,6 +159,8 @@ def _apply_pax(entry: Entry, records: list[tuple[bytes, bytes]]) -> None:
         elif key == b"mtime":
             entry.mtime_ns = _time_ns(value)
         elif key.startswith(b"SCHILY.xattr."):
+            if not 13 < len(key) <= 13 + _XATTR_NAME_LIMIT or b"\0" in key:
+                raise TarError(f"damaged tar archive (extended attribute {key[13:80]!r})")
             entry.xattrs.append((key[13:].decode("utf-8", "surrogateescape"), value))
         elif key.startswith(b"GNU.sparse."):
             word = key[11:]
@@ -232,7 +236,7 @@ def entries(read: Read, *, strict_end: bool = False) -> Iterator[Entry]:
     The caller reads an entry's data (``size`` bytes, then ``padding``) before it asks for the next one. The archive ends with a block
     of zeros, or (unless ``strict_end``) with the stream. Errors: TarError.
     """
-    global_records: list[tuple[bytes, bytes]] = []
+    global_records: dict[bytes, bytes] = {}
     records: list[tuple[bytes, bytes]] = []
     long_name = long_link = None
     first = True
@@ -255,7 +259,9 @@ def entries(read: Read, *, strict_end: bool = False) -> Iterator[Entry]:
                 raise TarError(f"tar archive with an extended header of {entry.size} bytes (at most {_EXTENDED_LIMIT})")
             data = exactly(read, entry.size + entry.padding)[: entry.size]
             if entry.kind == b"g":
-                global_records += pax_records(data)
+                global_records |= pax_records(data)  # a later one of the same key counts
+                if sum(len(key) + len(value) for key, value in global_records.items()) > _EXTENDED_LIMIT:
+                    raise TarError(f"tar archive with more than {_EXTENDED_LIMIT} bytes of global headers")
             elif entry.kind == b"L":
                 long_name = data.split(b"\0", 1)[0]
             elif entry.kind == b"K":
@@ -270,7 +276,7 @@ def entries(read: Read, *, strict_end: bool = False) -> Iterator[Entry]:
         if entry.kind == b"S":
             _old_sparse(header, entry, lambda n: exactly(read, n))
         if records or global_records:
-            _apply_pax(entry, global_records + records)
+            _apply_pax(entry, [*global_records.items(), *records])
             if entry.sparse == [] and entry.kind == REGULAR:
                 _sparse_map_from_data(entry, lambda n: exactly(read, n))
         records, long_name, long_link = [], None, None
@@ -278,7 +284,7 @@ def entries(read: Read, *, strict_end: bool = False) -> Iterator[Entry]:
             raise TarError(f"tar archive with an entry of unknown type {entry.kind!r}: {entry.name!r}")
         if not (0 <= entry.uid < _ID_LIMIT and 0 <= entry.gid < _ID_LIMIT):
             raise TarError(f"damaged tar archive (owner {entry.uid}:{entry.gid} of {entry.name!r})")
-        if not all(0 <= part < _ID_LIMIT for part in entry.device):
+        if not all(0 <= part < limit for part, limit in zip(entry.device, _DEVICE_LIMITS, strict=True)):
             raise TarError(f"damaged tar archive (device {entry.device} of {entry.name!r})")
         entry.mtime_ns = max(-_TIME_LIMIT_NS, min(entry.mtime_ns, _TIME_LIMIT_NS))
         if b"\0" in entry.name or b"\0" in entry.link:

@@ -30,17 +30,21 @@ from . import decompress, tarstream
 from .extract import Extractor, LayerError, LimitError, Limits
 
 _READ = 256 << 10
+_LOOK_BYTES = 16 << 20  # between two looks at the free space
 _QUEUE = 8  # chunks of up to 1 MiB between the threads
 
 _PROGRESS_S = 0.1
 _MEMBERS_LIMIT = 50_000  # of an outer archive: an image has a few hundred
+_NAMES_LIMIT = 16 << 20  # bytes of all its names: they're remembered and reported
 
 
 class Source:
     """Standard input: digested, counted, and copied into the blob file on the way."""
 
-    def __init__(self, fd: int, blob: str) -> None:
+    def __init__(self, fd: int, blob: str, limits: Limits) -> None:
         self._fd = fd
+        self._limits = limits
+        self._next_look = 0
         self._blob = os.open(blob, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600) if blob else None
         self._head = b""
         self._reported = 0.0
@@ -75,6 +79,13 @@ class Source:
         self.sha256.update(data)
         self.size += len(data)
         if self._blob is not None:
+            if self.size > self._limits.max_bytes:
+                raise LimitError(f"archive of more than {self._limits.max_bytes} bytes")
+            if self.size >= self._next_look:  # what comes may be endless without ever giving an entry
+                self._next_look = self.size + _LOOK_BYTES
+                status = os.fstatvfs(self._blob)
+                if status.f_bavail * status.f_frsize < self._limits.min_free_bytes:
+                    raise OSError(errno.ENOSPC, "no space left for the archive")
             view = memoryview(data)
             while view:
                 view = view[os.write(self._blob, view) :]
@@ -166,7 +177,7 @@ def say(message: dict[str, Any]) -> None:
 def unpack(job: dict[str, Any]) -> dict[str, Any]:
     """Extract one layer; see the module's head."""
     limits = Limits(**job["limits"])
-    source = Source(0, job.get("blob", ""))
+    source = Source(0, job.get("blob", ""), limits)
     plain = Plain(source)
     root = os.open(job["root"], os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     os.fchdir(root)
@@ -193,12 +204,15 @@ def unpack(job: dict[str, Any]) -> dict[str, Any]:
 def spool(job: dict[str, Any]) -> dict[str, Any]:
     """Keep the members of an outer archive (docker-archive, OCI layout) as ``directory/<number>``, digested."""
     limits = Limits(**job["limits"])
-    plain = Plain(Source(0, ""))
+    plain = Plain(Source(0, "", limits))
     members: list[dict[str, Any]] = []
-    total = 0
+    total = names = 0
     for entry in tarstream.entries(plain.take, strict_end=True):
         if len(members) >= _MEMBERS_LIMIT:
             raise LimitError(f"image archive with more than {_MEMBERS_LIMIT} members")
+        names += len(entry.name) + len(entry.link)
+        if names > _NAMES_LIMIT:
+            raise LimitError(f"image archive with more than {_NAMES_LIMIT} bytes of names")
         total += entry.size
         if total > limits.max_bytes:
             raise LimitError(f"image archive of more than {limits.max_bytes} bytes")
@@ -206,7 +220,10 @@ def spool(job: dict[str, Any]) -> dict[str, Any]:
         if entry.kind == tarstream.REGULAR and entry.sparse is None:
             digest = hashlib.sha256()
             member |= {"number": len(members), "size": entry.size}
-            with open(f"{job['directory']}/{len(members)}", "xb", buffering=0) as file:
+            with open(f"{job['directory']}/{len(members)}", "xb") as file:  # buffered: a raw write may take a part only
+                status = os.fstatvfs(file.fileno())
+                if status.f_bavail * status.f_frsize - entry.size < limits.min_free_bytes:
+                    raise OSError(errno.ENOSPC, "no space left for the archive")
                 for data in _data(plain, entry.size):
                     digest.update(data)
                     file.write(data)
