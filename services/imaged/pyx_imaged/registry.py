@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 _HUB = "registry-1.docker.io"
 _CONNECT_TIMEOUT_S = 15.0
 _READ_TIMEOUT_S = 60.0
+_SMALL_BYTES = 64 << 10  # of an error's text or a token
 _ATTEMPTS = 5
 _PAUSE_S = 0.2  # before the second attempt, doubled before each further one
 _TOKEN_LIFE_S = 60.0  # what the token specification grants where the answer doesn't say
@@ -88,14 +89,16 @@ class Registry:
             follow_redirects=True,
             verify=_trust() if not insecure else False,
             timeout=httpx.Timeout(_READ_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S),
-            headers={"User-Agent": f"pyx/{__version__}"},
+            # Compressed on the way, a blob isn't the bytes its digest is of, and a small answer may become a huge one.
+            headers={"User-Agent": f"pyx/{__version__}", "Accept-Encoding": "identity"},
             limits=httpx.Limits(max_connections=8),
         ) as client:
             base = f"https://{host}"
             if insecure:
                 try:
-                    await client.get(f"{base}/v2/")
-                except httpx.TransportError:
+                    async with client.stream("GET", f"{base}/v2/"):
+                        pass
+                except (httpx.TransportError, httpx.TooManyRedirects):
                     base = f"http://{host}"
             yield Repository(client, base, name)
 
@@ -173,11 +176,9 @@ class Repository:
             attempt += 1
             try:
                 async with self._open(url, headers, what) as response:
-                    data = b""
-                    async for chunk in response.aiter_bytes():
-                        data += chunk
-                        if len(data) > limit:
-                            raise InvalidArgument(f"{what} is larger than {limit} bytes")
+                    data = await _beginning(response, limit + 1)
+                    if len(data) > limit:
+                        raise InvalidArgument(f"{what} is larger than {limit} bytes")
                     return data, response.headers
             except httpx.TransportError as error:
                 if attempt >= _ATTEMPTS or isinstance(error, httpx.ConnectError):
@@ -193,6 +194,16 @@ class Repository:
     @asynccontextmanager
     async def _open(self, url: str, headers: dict[str, str], what: str) -> AsyncIterator[httpx.Response]:
         """A successful response; the rest as typed errors. Asks for a token once if it's refused without one."""
+        import httpx
+
+        try:
+            async with self._followed(url, headers, what) as response:
+                yield response
+        except (httpx.InvalidURL, httpx.TooManyRedirects) as error:
+            raise InvalidArgument(f'registry "{self._name.domain}" leads nowhere for {what}: {_reason(error)}') from None
+
+    @asynccontextmanager
+    async def _followed(self, url: str, headers: dict[str, str], what: str) -> AsyncIterator[httpx.Response]:
         for last in (False, True):
             sent = {**headers, "Authorization": f"Bearer {self._token}"} if self._token else headers
             used = self._token
@@ -219,10 +230,11 @@ class Repository:
             query = {"scope": parameters.get("scope") or f"repository:{self._name.path}:pull"}
             if "service" in parameters:
                 query["service"] = parameters["service"]
-            response = await self._client.get(realm, params=query)
+            async with self._client.stream("GET", realm, params=query) as response:
+                body = await _beginning(response)
             if response.status_code != 200:
-                raise self._error(response.status_code, response.content[:65536], "token")
-            answer = manifest.load(response.content, "token")
+                raise self._error(response.status_code, body, "token")
+            answer = manifest.load(body, "token")
             token = answer.get("token") or answer.get("access_token")
             if not isinstance(token, str) or not token:
                 raise PermissionDenied(f'registry "{self._name.domain}" gave no token for "{self._name.familiar}"')
@@ -252,13 +264,14 @@ def _trust() -> ssl.SSLContext | bool:
     return ssl.create_default_context() if paths.cafile or (paths.capath and os.listdir(paths.capath)) else True
 
 
-async def _beginning(response: httpx.Response) -> bytes:
-    data = b""
-    async for chunk in response.aiter_bytes():
+async def _beginning(response: httpx.Response, limit: int = _SMALL_BYTES) -> bytes:
+    """The first ``limit`` bytes as they came: what a registry packs unasked isn't unpacked here."""
+    data = bytearray()
+    async for chunk in response.aiter_raw(65536):
         data += chunk
-        if len(data) > 65536:
+        if len(data) >= limit:
             break
-    return data
+    return bytes(data[:limit])
 
 
 def _said(body: bytes) -> str:
