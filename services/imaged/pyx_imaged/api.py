@@ -85,12 +85,18 @@ def _disk_full_is_no_bug() -> Iterator[None]:
     """Errors: resource_exhausted where a transfer met the end of the disk outside a worker."""
     try:
         yield
-    except (OSError, sqlite3.OperationalError) as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or (
-            getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
-        ):
+    except Exception as error:
+        if _disk_full(error):
             raise ResourceExhausted("no space left where images are kept", hint="remove images or containers") from error
         raise
+
+
+def _disk_full(error: BaseException) -> bool:
+    if isinstance(error, BaseExceptionGroup):  # a nursery was in between
+        return any(_disk_full(inner) for inner in error.exceptions)
+    if isinstance(error, sqlite3.OperationalError):
+        return error.sqlite_errorcode == sqlite3.SQLITE_FULL
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
@@ -147,12 +153,12 @@ def _service(images: Images, transfers: Transfers) -> Service:
 
     @service.method(contract.RELEASE)
     async def release(call: Call, request: contract.ReleaseSnapshot) -> Empty:
-        images.release(request.container_id)
+        await images.release(request.container_id)
         return Empty()
 
     @service.method(contract.RETAIN)
     async def retain(call: Call, request: Retain) -> Released:
-        return images.retain(request)
+        return await images.retain(request)
 
     @service.method(contract.IMPORT)
     async def import_image(call: Call, request: contract.ImportImage) -> contract.ImageID:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from pathlib import Path
 from .drivers.base import Snapshotter
 from .model import Digest, ImageID, SnapshotRecord
 
+_DELETE_DEPTH = 100  # directories open at once, and Python's calls on its stack
 _DIRECTORIES = ("blobs/sha256", "layers", "layers/empty", "snapshots", "ingest", "trash")
 
 
@@ -39,6 +39,7 @@ class Disk:
         if not (root / "l").is_symlink():
             os.symlink("layers", root / "l")
         self._numbers = itertools.count()
+        self._session = os.urandom(6).hex()  # not the process's ID: that comes again, and the trash may outlast a process
         for leftover in [*(root / "ingest").iterdir()]:
             self.discard(leftover)
 
@@ -130,9 +131,12 @@ class Disk:
     def discard(self, path: Path) -> None:
         """Take it out of sight at once; ``empty_trash`` deletes it. Nothing there is fine."""
         try:
-            os.rename(path, self.root / "trash" / f"{os.getpid()}-{next(self._numbers)}")
+            os.rename(path, self._trash_path())
         except FileNotFoundError:
             pass
+
+    def _trash_path(self) -> Path:
+        return self.root / "trash" / f"{self._session}-{next(self._numbers)}"
 
     def empty_trash(self) -> list[OSError]:
         """Delete what was discarded. Blocks for as long as that takes; goes on past failures and gives them back."""
@@ -140,12 +144,48 @@ class Disk:
         for path in (self.root / "trash").iterdir():
             try:
                 if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
+                    self._delete_tree(path, failures)
                 else:
                     path.unlink()
             except OSError as error:
                 failures.append(error)
         return failures
+
+    def _delete_tree(self, path: Path, failures: list[OSError]) -> None:
+        """A container can nest directories without end: below some depth they become trash of their own, to be gone through later."""
+        waiting = [path]
+        while waiting:
+            top = waiting.pop()
+            fd = os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                self._empty(fd, 0, waiting, failures)
+            finally:
+                os.close(fd)
+            try:
+                os.rmdir(top)
+            except OSError as error:
+                failures.append(error)
+
+    def _empty(self, directory: int, depth: int, waiting: list[Path], failures: list[OSError]) -> None:
+        with os.scandir(directory) as found:
+            entries = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in found]
+        for name, is_directory in entries:
+            try:
+                if not is_directory:
+                    os.unlink(name, dir_fd=directory)
+                elif depth >= _DELETE_DEPTH:
+                    aside = self._trash_path()
+                    os.rename(name, aside, src_dir_fd=directory)
+                    waiting.append(aside)
+                else:
+                    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+                    try:
+                        self._empty(fd, depth + 1, waiting, failures)
+                    finally:
+                        os.close(fd)
+                    os.rmdir(name, dir_fd=directory)
+            except OSError as error:
+                failures.append(error)
 
     def discard_unknown(self, layers: Collection[int], blobs: Collection[str]) -> int:
         """At start: what a crash left without a row. How many things that were."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import trio
 
 from pyx_bus.contract.imaged import ImageConfig
+from pyx_bus.errors import NotFound
 
 from . import kernel, manifest, plan
 from .disk import Disk, adopt_attributes
@@ -137,32 +138,36 @@ class Library:
 
     async def add_name(self, name: str, image_id: ImageID) -> None:
         async with self._lock:
-            if self.names.get(name) != image_id and image_id in self.images:
+            if image_id not in self.images:
+                raise NotFound(f'image "{image_id}" was removed meanwhile')
+            if self.names.get(name) != image_id:
                 await trio.to_thread.run_sync(self.store.put_names, image_id, [name])
                 self.names[name] = image_id
 
-    async def remove(self, removal: plan.Removal) -> list[Layer]:
+    async def remove(self, decide: Callable[[], plan.Removal]) -> tuple[plan.Removal, list[Layer]]:
         """Forget names and, if said so, the image; and with it the layers and blobs nobody else needs: those are given back.
 
-        The image is gone from memory at once, so that no snapshot of it can begin meanwhile; it's back if the disk fails.
+        ``decide`` says what is to go. It's asked when no other change is under way any more: a pull of the same image may just have
+        ended. From then on the image is gone from memory, so that no snapshot of it can begin; it's back if the disk fails.
         """
-        image = self.images.pop(removal.image) if removal.image is not None else None
-        try:
-            async with self._lock:
+        async with self._lock:
+            removal = decide()
+            image = self.images.pop(removal.image) if removal.image is not None else None
+            try:
                 waste = self._garbage()
                 stored = [layer.chain_id for layer in waste.layers]
                 gone = [image.id] if image is not None else []
                 await trio.to_thread.run_sync(self.store.remove, removal.names, gone, stored)
-                for name in removal.names:
-                    self.names.pop(name, None)
-                self._forget(waste)
-        except BaseException:
+            except BaseException:
+                if image is not None:
+                    self.images[image.id] = image
+                raise
+            for name in removal.names:
+                self.names.pop(name, None)
             if image is not None:
-                self.images[image.id] = image
-            raise
-        if image is not None:
-            self._configs.pop(image.id, None)
-        return waste.layers
+                self._configs.pop(image.id, None)
+            self._forget(waste)
+        return removal, waste.layers
 
     async def collect(self) -> None:
         """Drop what a failed transfer left: layers and blobs that no image got to use."""

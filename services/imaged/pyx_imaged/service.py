@@ -123,11 +123,13 @@ class Images:
             snapshotter=record.snapshotter,
         )
 
-    def release(self, container_id: str) -> None:
+    async def release(self, container_id: str) -> None:
+        while container_id in self._preparing:  # its caller gave up; the copy is made to its end all the same
+            await self._preparing[container_id].wait()
         if self._library.snapshots.pop(container_id, None) is not None:
             self._library.discard(self._library.disk.snapshot(container_id))
 
-    def retain(self, request: Retain) -> Released:
+    async def retain(self, request: Retain) -> Released:
         live = set(request.container_ids)
         gone = [
             record.container_id
@@ -135,7 +137,7 @@ class Images:
             if record.container_id not in live and record.created_ns < request.before_ns
         ]
         for container_id in gone:
-            self.release(container_id)
+            await self.release(container_id)
         return Released(container_ids=gone)
 
     # Images
@@ -200,10 +202,15 @@ class Images:
 
     async def remove(self, request: contract.RemoveImage) -> contract.RemovedImage:
         library = self._library
-        removal = plan.remove(request.reference, request.force, library.images, library.names, library.users)
-        image_id = removal.image or plan.find(request.reference, library.images, library.names)[0]
+        image_id = ImageID("")
+
+        def decide() -> plan.Removal:
+            nonlocal image_id
+            image_id = plan.find(request.reference, library.images, library.names)[0]
+            return plan.remove(request.reference, request.force, library.images, library.names, library.users)
+
+        removal, layers = await library.remove(decide)
         untagged = [plan.familiar(name) for name in removal.names]
-        layers = await library.remove(removal)
         for name in untagged:
             self._publish(event(contract.ImageUntagged, image_id, name))
         deleted: list[str] = []

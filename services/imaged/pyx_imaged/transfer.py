@@ -11,9 +11,10 @@ import functools
 import json
 import math
 import os
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -373,7 +374,8 @@ class Transfers:
 
     async def _collect_later(self) -> None:
         await trio.sleep(_RESUME_WITHIN_S)
-        await self._library.collect()
+        with suppress(OSError, sqlite3.Error):  # a full disk; the next clean-up or start does it. It mustn't end the service.
+            await self._library.collect()
 
     @asynccontextmanager
     async def _only_one(self, chain_id: ChainID) -> AsyncIterator[None]:
