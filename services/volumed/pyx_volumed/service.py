@@ -5,6 +5,7 @@ State is in memory, the database behind it; a change is made on disk first, then
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import time
@@ -16,7 +17,7 @@ import trio
 
 from pyx_bus.contract import volumed as contract
 from pyx_bus.contract.base import Event
-from pyx_bus.errors import Conflict, FailedPrecondition, InvalidArgument, NotFound
+from pyx_bus.errors import Conflict, FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 
 from . import plan
 from .copyup import open_source
@@ -53,7 +54,11 @@ class VolumeService:
             self._references.setdefault(reference.container_id, {})[reference.target] = reference
         for name, driver in self._drivers.items():
             for unknown in driver.recover([volume for volume in volumes if volume.driver == name]):
-                volume = VolumeRecord(check_name(unknown), name, time.time_ns())
+                try:
+                    volume = VolumeRecord(check_name(unknown), name, time.time_ns())
+                except InvalidArgument:
+                    self._logger.warning("found a directory that can't be a volume", directory=unknown, driver=name)
+                    continue
                 self._store.change(add=[volume])
                 self._volumes[volume.name] = volume
                 self._logger.warning("found a volume that wasn't recorded", volume=unknown, driver=name)
@@ -132,7 +137,10 @@ class VolumeService:
         await self._change(release=release or [], remove=[volume.name])
         self._publish(contract.VolumeDestroyed(id=volume.name, time_ns=time.time_ns(), attributes={"driver": volume.driver}))
         with trio.CancelScope(shield=True):
-            await self._blocking(driver.delete, volume.name)
+            try:
+                await self._blocking(driver.delete, volume.name)
+            except OSError as error:  # the volume is gone all the same; the next start tries again to delete what's left
+                self._logger.error("can't delete all of a removed volume's files", volume=volume.name, error=str(error))
 
     def get(self, name: str) -> VolumeRecord:
         """Errors: not_found."""
@@ -291,8 +299,13 @@ class VolumeService:
         self._publish(event(id=volume.name, time_ns=time.time_ns(), attributes=attributes))
 
     async def _blocking(self, function: Callable[..., T], *args: Any) -> T:
-        """In a thread, to its end even if the caller is cancelled: what it was at is known then."""
-        return await trio.to_thread.run_sync(function, *args)
+        """In a thread, to its end even if the caller is cancelled: what it was at is known then. Errors: resource_exhausted."""
+        try:
+            return await trio.to_thread.run_sync(function, *args)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise ResourceExhausted("no space left where volumes are kept", hint="remove volumes or images") from error
+            raise
 
     async def _change(
         self,

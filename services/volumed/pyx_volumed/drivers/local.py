@@ -12,9 +12,9 @@ The options are Docker's: ``type``, ``device`` and ``o`` as of mount(8); with ``
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
-import shutil
 import stat
 import uuid
 from collections.abc import Collection
@@ -27,6 +27,9 @@ from ..copyup import TreeCopy
 from ..model import VolumeRecord
 
 _UNSETTLED, _FILL, _READY, _TRASH = ".unsettled", ".fill", ".ready", ".trash-"
+
+_DELETE_DEPTH = 100
+"""Directories open at once, and calls on Python's stack."""
 
 
 class Local:
@@ -169,7 +172,8 @@ class Local:
         for directory in list(self._volumes.iterdir()):
             name = directory.name
             if name.startswith(_TRASH):
-                _delete_tree(directory)
+                with contextlib.suppress(OSError):  # it was told when it was removed; the other volumes are worth more
+                    _delete_tree(directory)
             elif name not in known and (directory / _UNSETTLED).exists():
                 self.delete(name)
             elif name in known or (directory / "_data").is_dir():
@@ -179,22 +183,71 @@ class Local:
                 self.settle(name)
                 if name not in known:
                     unknown.append(name)
-            elif directory.is_dir():
-                self.delete(name)  # made so far that not even its mark was
+            elif directory.is_dir() and not any(directory.iterdir()):
+                directory.rmdir()  # made so far that not even its mark was; with anything in it, it's somebody else's
         for name in known:  # somebody deleted it by hand: whoever refers to it finds it empty
             (self._volumes / name / "_data").mkdir(parents=True, exist_ok=True)
         return unknown
 
 
 def _delete_tree(path: Path) -> None:
-    """``path`` and all below, never across a mount; nothing there is fine."""
+    """``path`` and all below, never across a mount; nothing there is fine. Goes on past failures, and raises the first one.
+
+    Containers can nest directories without end: below some depth they're moved up, beside ``path``, and gone through later.
+    """
+    failures: list[OSError] = []
+    waiting = [path]
+    while waiting:
+        top = waiting.pop()
+        try:
+            if top.is_symlink() or not top.is_dir():
+                top.unlink()
+                continue
+            _empty(_open_directory(top), 0, path.parent, waiting, failures)
+            top.rmdir()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]
+
+
+def _empty(directory: int, depth: int, aside: Path, waiting: list[Path], failures: list[OSError]) -> None:
+    """Delete what's in ``directory``, a descriptor, and close it."""
     try:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    except FileNotFoundError:
-        pass
+        with os.scandir(directory) as found:
+            entries = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in found]
+        for name, is_directory in entries:
+            try:
+                if not is_directory:
+                    os.unlink(name, dir_fd=directory)
+                elif not _remove_empty(name, directory):
+                    if depth >= _DELETE_DEPTH:
+                        waiting.append(aside / f"{_TRASH}{uuid.uuid4().hex}")
+                        os.rename(name, waiting[-1], src_dir_fd=directory)
+                    else:
+                        _empty(_open_directory(name, directory), depth + 1, aside, waiting, failures)
+                        os.rmdir(name, dir_fd=directory)
+            except OSError as error:
+                failures.append(error)
+    finally:
+        os.close(directory)
+
+
+def _open_directory(path: str | Path, parent: int | None = None) -> int:
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+
+
+def _remove_empty(name: str, parent: int) -> bool:
+    """Whether it was empty, and so is gone. Raises OSError, EBUSY if something is mounted there: that isn't ours to delete."""
+    try:
+        os.rmdir(name, dir_fd=parent)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        raise
+    return True
 
 
 def _sync(directory: Path) -> None:
