@@ -232,6 +232,23 @@ async def a_free_port_is_found(directory: Path) -> None:
 
 
 @scenario
+async def a_wide_range_of_ports_is_published(directory: Path) -> None:
+    """More than one message can hold, in one transaction; and taken down again."""
+    outside = world.Outside()
+    numbers = range(20_000, 22_500)
+    mappings = [make(SERVE_TCP if make is tcp else SERVE_UDP, number) for number in numbers for make in (tcp, udp)]
+    async with stack(directory) as pyx:
+        one = await pyx.attach("one", *mappings)
+        server = Server(one.netns_path, "one")
+        for number in (numbers[0], numbers[-1]):
+            assert await ask_soon(outside.netns, HOST, number) == f"one saw {CLIENT}"
+            assert await ask_soon(outside.netns, HOST, number, udp=True) == f"one saw {CLIENT}"
+        server.close()
+        await pyx.detach("one")
+        await world.nothing_left(pyx.run)
+
+
+@scenario
 async def a_udp_client_follows_its_port(directory: Path) -> None:
     """One client socket that never stops sending: before the port is published, to its container, to the next one."""
     outside = world.Outside()

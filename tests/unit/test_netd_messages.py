@@ -228,6 +228,9 @@ def test_flows() -> None:
     assert not ended
     assert (flow.protocol, flow.destination, flow.destination_port, flow.answered_by) == (17, "192.0.2.1", 5353, "172.17.0.2")
     assert conntrack.flows(data + done)[1]
+    refusal = struct.pack("=IHHIIi", 36, conntrack.NLMSG_ERROR, 0, 1, 0, -95) + bytes(16)
+    with pytest.raises(OSError, match="refused"):  # waiting for an end that never comes would hang netd
+        conntrack.flows(refusal)
     request = decoded(nfct_msg, conntrack.delete(3, flow))
     assert request["header"]["type"] == 0x102
     original = request.get_attr("CTA_TUPLE_ORIG")

@@ -25,7 +25,7 @@ _CTA_TUPLE_IP, _CTA_TUPLE_PROTO = 1, 2
 _CTA_IP_V4_SRC, _CTA_IP_V4_DST = 1, 2
 _CTA_PROTO_NUM, _CTA_PROTO_SRC_PORT, _CTA_PROTO_DST_PORT = 1, 2, 3
 _KIND_MASK = 0x3FFF
-NLMSG_DONE = 3
+NLMSG_ERROR, NLMSG_DONE = 2, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def delete(sequence: int, flow: Flow) -> bytes:
 
 
 def flows(data: bytes) -> tuple[list[Flow], bool]:
-    """The entries in one read of a dump, and whether the dump ended with it."""
+    """The entries in one read of a dump, and whether the dump ended with it. Raises OSError if the kernel refused to dump."""
     found: list[Flow] = []
     offset = 0
     while offset + 16 <= len(data):
@@ -93,6 +93,9 @@ def flows(data: bytes) -> tuple[list[Flow], bool]:
             break
         if kind == NLMSG_DONE:
             return found, True
+        if kind == NLMSG_ERROR:  # a kernel without ctnetlink: nothing else will come
+            code = -struct.unpack_from("=i", data, offset + 16)[0]
+            raise OSError(code, "ctnetlink refused to list tracked connections")
         if kind == _SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_NEW:
             flow = _flow(data[offset + 20 : offset + length])
             if flow is not None:

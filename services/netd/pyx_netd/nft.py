@@ -97,6 +97,7 @@ _NFPROTO_IPV4 = 2
 _NFTA_SET_ELEM_LIST_TABLE, _NFTA_SET_ELEM_LIST_SET, _NFTA_SET_ELEM_LIST_ELEMENTS = 1, 2, 3
 _NFTA_LIST_ELEM, _NFTA_SET_ELEM_KEY, _NFTA_SET_ELEM_DATA, _NFTA_DATA_VALUE = 1, 1, 2, 1
 _NESTED = 0x8000
+_ELEMENTS_A_MESSAGE = 1000  # of at most 48 bytes each, in an attribute whose length has 16 bits
 
 
 def _attribute(kind: int, data: bytes, *, nested: bool = False) -> bytes:
@@ -122,15 +123,20 @@ def _value(port: Port, address: str) -> bytes:
 
 
 def _change(table: str, published: Iterable[Published], kind: int, flags: int) -> list[bytes]:
-    """One transaction: a message for each map that has something to change. The last message is END, acknowledged by the last change."""
+    """The messages of one transaction: for each map that has something to change as many as it takes, each acknowledged."""
     per_map: dict[str, list[bytes]] = {}
     for port, address in published:
         element = _attribute(_NFTA_SET_ELEM_KEY, _attribute(_NFTA_DATA_VALUE, _key(port)), nested=True)
         if kind == _NFT_MSG_NEWSETELEM:
             element += _attribute(_NFTA_SET_ELEM_DATA, _attribute(_NFTA_DATA_VALUE, _value(port, address)), nested=True)
         per_map.setdefault("pub_ip" if port.host_ip else "pub", []).append(_attribute(_NFTA_LIST_ELEM, element, nested=True))
+    portions = [
+        (name, elements[start : start + _ELEMENTS_A_MESSAGE])
+        for name, elements in per_map.items()
+        for start in range(0, len(elements), _ELEMENTS_A_MESSAGE)
+    ]
     changes = []
-    for sequence, (name, elements) in enumerate(per_map.items(), start=1):
+    for sequence, (name, elements) in enumerate(portions, start=1):
         body = (
             _attribute(_NFTA_SET_ELEM_LIST_TABLE, table.encode() + b"\0")
             + _attribute(_NFTA_SET_ELEM_LIST_SET, name.encode() + b"\0")

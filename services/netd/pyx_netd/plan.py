@@ -45,17 +45,14 @@ def ports(mappings: Sequence[PortMapping]) -> tuple[Port, ...]:
     wanted: dict[Port, None] = {}
     for mapping in mappings:
         wanted.setdefault(_port(mapping))
-    owners: dict[tuple[str, str, int], Port] = {}
+    owners: dict[tuple[str, int], set[str]] = {}
     for port in wanted:
         if port.host_port == 0:
             continue
-        for key in ((port.protocol, port.host_ip, port.host_port), (port.protocol, "", port.host_port)):
-            other = owners.get(key)
-            if other is not None:
-                raise Conflict(f"port {port} is published twice", details={"port": str(port.host_port)})
-        if port.host_ip == "" and any(k[0] == port.protocol and k[2] == port.host_port for k in owners):
+        addresses = owners.setdefault((port.protocol, port.host_port), set())
+        if port.host_ip in addresses or "" in addresses or (addresses and not port.host_ip):
             raise Conflict(f"port {port} is published twice", details={"port": str(port.host_port)})
-        owners[port.protocol, port.host_ip, port.host_port] = port
+        addresses.add(port.host_ip)
     return tuple(wanted)
 
 

@@ -15,6 +15,8 @@ _NETLINK_CAP_ACK, _NETLINK_EXT_ACK = 10, 11
 _NETLINK_ROUTE, _NETLINK_NETFILTER = 0, 12
 _NFNLGRP_NFTABLES = 7
 _READ_BYTES = 65536
+_SO_SNDBUFFORCE = 32
+_TRANSACTION_BYTES = 16 << 20
 
 
 class NetlinkSocket:
@@ -82,6 +84,8 @@ class NetfilterSocket(NetlinkSocket):
 
     def __init__(self) -> None:
         super().__init__(_NETLINK_NETFILTER)
+        # A transaction is one datagram, and with every port of a host published it has megabytes: a bound, not memory taken.
+        self._socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _TRANSACTION_BYTES)
 
     def commit(self, changes: Sequence[bytes]) -> None:
         """One nftables transaction; of a failed one nothing stays."""
