@@ -147,7 +147,7 @@ class Foreground:
         if not self._outputs:
             return True
         # An exec's pipes are the process's own: a background child may keep them open for ever.
-        return self._is_exec and time.monotonic() - self._ended_at > _SILENCE_S
+        return self._is_exec and not self._sink.full and time.monotonic() - self._ended_at > _SILENCE_S
 
     def _step(self) -> None:
         poller = select.poll()
@@ -177,6 +177,8 @@ class Foreground:
         ready = dict(poller.poll(timeout_ms))
         if self._wakeup[0] in ready:
             self._read_signals()
+        if sink.full and self._ended_at:
+            self._ended_at = time.monotonic()  # it isn't silent: we haven't listened
         if sink.blocked_on >= 0 and sink.blocked_on in ready:
             sink.flush()
         for fd in [fd for fd in self._outputs if fd in ready]:

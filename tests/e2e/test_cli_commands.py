@@ -114,6 +114,22 @@ def test_a_slow_reader_loses_nothing(stack: Any) -> None:
         assert process.wait(20) == 0
 
 
+def test_a_slow_reader_of_an_exec_loses_nothing(stack: Any) -> None:
+    """The command is over, its last output in the pipe to us, and our own output full for longer than any silence we wait for."""
+    container = stack.pyx("run", "-d", "busybox", "sleep", "1000", check=True).stdout.strip()
+    try:
+        with stack.popen("exec", container, "seq", "1", "205000", stdout=PIPE) as process:  # 1.3 MB: more than we hold
+            assert process.stdout is not None
+            first = os.read(process.stdout.fileno(), 10)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(3)
+            rest = process.stdout.read()
+            assert len((first + rest).split()) == 205000
+            assert process.wait(20) == 0
+    finally:
+        stack.pyx("rm", "-f", container, check=True)
+
+
 def test_start_attach_and_logs(stack: Any) -> None:
     container = stack.pyx(
         "create", "--name", "sa", "busybox", "sh", "-c", "echo out; echo err >&2; exit 3", check=True
