@@ -345,7 +345,12 @@ class Supervisor:
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:  # a limit on processes, or no memory: the others go on meanwhile
+            _log(f"cannot start {child.name}: {error.strerror}; trying again in {_BACKOFF_LAST_S:g} s")
+            child.start_at = time.monotonic() + _BACKOFF_LAST_S
+            return
         if pid == 0:
             self._become(child, parent)
         child.pid = pid
