@@ -192,3 +192,13 @@ def test_names_are_free_and_from_the_words():
 def test_no_word_twice():
     assert len(set(names.QUALITIES)) == len(names.QUALITIES)
     assert len(set(names.THINGS)) == len(names.THINGS)
+
+
+@pytest.mark.parametrize("text", ["1-9999999999", "0", "65536", "5-3", "9" * 5000, "²", "1-", "-1", ""])
+def test_bad_ports_of_an_image(text):
+    """Whoever made the image wrote them: never counted through before they're known to be ports."""
+    if text == "1-":
+        assert plan.exposed_ports(spec(), ImageConfig(id="", reference="", exposed_ports=[text])) == ["1/tcp"]
+        return
+    with pytest.raises(InvalidArgument, match="invalid port"):
+        plan.exposed_ports(spec(), ImageConfig(id="", reference="", exposed_ports=[text]))

@@ -15,6 +15,7 @@ from .model import Process
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 MIN_MEMORY_BYTES = 6 << 20  # below it, the runtime's own start doesn't fit: Docker's limit
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+")
+_PORT = re.compile(r"[0-9]{1,5}")
 _HOSTNAME = re.compile(r"[a-zA-Z0-9]([a-zA-Z0-9_.-]*[a-zA-Z0-9])?")
 
 _SIGNAL_NAMES = (
@@ -45,10 +46,8 @@ ULIMITS = _ULIMITS_WORDS.split()
 
 def parse_signal(text: str) -> int:
     """A signal's number from its number or its name, with or without SIG."""
-    if text.isdigit():
-        number = int(text)
-        if 1 <= number <= 64:
-            return number
+    if text.isascii() and text.isdigit() and 1 <= int(text[:4]) <= 64:
+        return int(text[:4])
     number = SIGNALS.get(text.upper().removeprefix("SIG"), 0)
     if not number:
         raise InvalidArgument(f'invalid signal: "{text}"')
@@ -223,7 +222,8 @@ def exposed_ports(spec: ContainerSpec, image: ImageConfig) -> list[str]:
     for text in [*image.exposed_ports, *spec.exposed_ports]:
         number, _, protocol = text.partition("/")
         first, _, last = number.partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
+        # Bounded before it is counted through: an image's author writes what they like here.
+        if not _PORT.fullmatch(first) or not _PORT.fullmatch(last or first) or not 0 < int(first) <= int(last or first) < 1 << 16:
             raise InvalidArgument(f'invalid port to expose: "{text}"')
         found.update((value, protocol or "tcp") for value in range(int(first), int(last or first) + 1))
     found.update((port.container_port, port.protocol) for port in spec.ports)
