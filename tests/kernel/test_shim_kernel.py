@@ -318,3 +318,49 @@ async def test_memory_of_a_shim(box):
     await box.exited.wait()
     os.close(reader)
     await box.finish()
+
+
+async def test_an_exec_s_exit_is_told_before_its_container_s(box):
+    """Both are over when the shim looks: the container's end ends all execs nobody has heard of.
+
+    Without a PID namespace: with one the kernel itself lets init end last.
+    """
+    await box.fork()
+    write = box.write
+
+    def in_the_host_s_namespace(*args):
+        write(*args)
+        config = json.loads((box.bundle / "config.json").read_text())
+        config["linux"]["namespaces"] = [entry for entry in config["linux"]["namespaces"] if entry["type"] != "pid"]
+        (box.bundle / "config.json").write_text(json.dumps(config))
+
+    box.write = in_the_host_s_namespace
+    pid, reader = await box.start("sleep", "1000")
+    process = json.loads((box.bundle / "config.json").read_text())["process"]
+    process["args"] = ["sh", "-c", "trap 'exit 3' TERM; sleep 1000 & wait"]
+    (box.bundle / "exec-x.json").write_text(json.dumps(process))
+    null = os.open("/dev/null", os.O_RDWR)
+    exec_pid, _ = await box.shim.spawn(
+        "x", box.runtime.exec(box.id, "x", tty=False), "exec-x.pid", stdio=(null, null, null)
+    )
+    with trio.fail_after(5):  # its trap is set when it has its child
+        while not Path(f"/proc/{exec_pid}/task/{exec_pid}/children").read_text():
+            await trio.sleep(0.005)
+    shim_pid = (await box.shim.state()).shim_pid
+    assert os.readlink(f"/proc/{shim_pid}/fd/2") == "/dev/null"
+    os.kill(shim_pid, signal.SIGSTOP)
+    try:
+        for number, word in ((exec_pid, signal.SIGTERM), (pid, signal.SIGKILL)):
+            os.kill(number, word)
+            with trio.fail_after(5):
+                while Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                    await trio.sleep(0.005)
+    finally:
+        os.kill(shim_pid, signal.SIGCONT)
+    with trio.fail_after(5):
+        while len(box.exits) < 2:
+            await trio.sleep(0.005)
+    assert [(exit_.key, exit_.code) for exit_ in box.exits] == [("x", 3), ("", 137)]
+    os.close(null)
+    os.close(reader)
+    await box.finish()

@@ -402,6 +402,7 @@ class _Shim:
 
     def reap(self) -> None:
         finished: list[tuple[_Operation, int]] = []
+        init: tuple[int, int] | None = None
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -413,11 +414,13 @@ class _Shim:
             if pid in self.operations:
                 finished.append((self.operations.pop(pid), status))
             elif pid == self.init_pid and self.exit is None:
-                self.init_exited(status, now)
+                init = (status, now)
             elif pid in self.execs:
                 self.exec_exited(pid, status, now)
             else:
                 self.strays[pid] = (status, now)
+        if init is not None:  # after the execs that ended with it: its end is the end of those nobody heard of
+            self.init_exited(*init)
         for operation, status in finished:
             self.finish(operation, status)
             if operation.key == b"":
@@ -531,6 +534,7 @@ def _become_shim(conn: _socket.socket, bundle: bytes, name: bytes) -> None:
     try:
         os.setsid()
         os.chdir(bundle)
+        os.dup2(1, 2)  # /dev/null: whoever reads containerd's stderr mustn't wait for the container's end
         _prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
         _prctl(15, b"pyx-s:" + name[:9])  # PR_SET_NAME, 15 bytes
         reader, writer = os.pipe()
