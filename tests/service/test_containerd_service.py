@@ -11,11 +11,15 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from tests.containerd_stack import leftovers, output_of, serve_containerd, stack, wait_nothing_left
 
 from pyx_bus import errors
 from pyx_bus.contract import containerd as c
 from pyx_bus.contract import logd, volumed
+from pyx_containerd import kernel, start
+from pyx_containerd import shim as wire
+from pyx_containerd.shims import Shim
 
 OUTPUT = c.AttachOptions(output=True)
 
@@ -552,3 +556,104 @@ async def test_a_log_survives_and_is_removed(s):
     with trio.fail_after(5):
         while Path(path).exists():
             await trio.sleep(0.02)
+
+
+async def test_a_restart_does_not_remove_what_removes_itself(s):
+    trap = "trap 'exit 9' TERM; while :; do sleep 0.02; done"
+    id_ = await run_detached(s, "sh", "-c", trap, name="web", auto_remove=True)
+    await s.bus.call(c.RESTART, c.StopContainer(container="web"), timeout_s=20)
+    document = await inspect(s, "web")
+    assert (document["Id"], document["State"]["Status"]) == (id_, "running")
+    await s.bus.call(c.STOP, c.StopContainer(container="web"), timeout_s=20)
+    with pytest.raises(errors.NotFound):
+        await inspect(s, "web")
+
+
+async def test_forced_removal_of_what_is_just_being_started(s):
+    created = await s.bus.call(c.CREATE, c.CreateContainer(spec=spec("sleep", "1000", name="web")))
+
+    async def begin():
+        with contextlib.suppress(errors.NotFound):  # the removal was first
+            await s.bus.call(c.START, c.StartContainer(container=created.id), timeout_s=20)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(begin)
+        await trio.testing.wait_all_tasks_blocked()
+        await s.bus.call(c.REMOVE, c.RemoveContainer(container=created.id, force=True), timeout_s=20)
+    with pytest.raises(errors.NotFound):
+        await inspect(s, "web")
+
+
+async def test_a_pause_is_known_after_a_restart_of_the_service(tmp_path):
+    """Also one that ended by a signal, and one that happened in the very moment the service was killed."""
+    trap = "trap : USR1; trap 'exit 9' TERM; while :; do sleep 0.02; done"
+    async with stack(tmp_path, containerd=False) as s:
+        async with serve_containerd(s.bus_path, tmp_path) as context:
+            id_ = await run_detached(s, "sh", "-c", trap, name="web")
+            await exec_(s, "web", "true")  # by now it has set its traps
+            await s.bus.call(c.PAUSE, c.ContainerRef(container="web"))
+            await s.bus.call(c.KILL, c.KillContainer(container="web", signal="USR1"))
+            assert (await inspect(s, "web"))["State"]["Status"] == "running"
+        async with serve_containerd(s.bus_path, tmp_path):
+            assert (await inspect(s, "web"))["State"]["Status"] == "running"
+        cgroup = f"/{context.prefix}/{id_}"
+        assert not kernel.frozen(cgroup)
+        for place in kernel.cgroup_directories(cgroup):
+            for name, word in (("cgroup.freeze", "1"), ("freezer.state", "FROZEN")):
+                if (place / name).exists() and place.parts[4] != "unified":
+                    (place / name).write_text(word)
+        assert kernel.frozen(cgroup)
+        async with serve_containerd(s.bus_path, tmp_path):
+            assert (await inspect(s, "web"))["State"]["Status"] == "paused"
+            await s.bus.call(c.STOP, c.StopContainer(container="web"), timeout_s=20)
+            assert (await inspect(s, "web"))["State"]["ExitCode"] == 9
+            await s.bus.call(c.REMOVE, c.RemoveContainer(container="web"))
+            await wait_nothing_left(tmp_path, context.prefix)
+
+
+async def test_a_shim_that_hung_up_is_asked_again(s, monkeypatch):
+    """A shim lets go of a connection that isn't read or sends nonsense: no reason to give its container up."""
+    connections = []
+
+    class Recorded(Shim):
+        def __init__(self, sock):
+            super().__init__(sock)
+            connections.append(self)
+
+    monkeypatch.setattr(start, "Shim", Recorded)
+    await run_detached(s, "sh", "-c", "trap 'exit 6' TERM; while :; do sleep 0.02; done", name="web")
+    pid = (await inspect(s, "web"))["State"]["Pid"]
+    codes = []
+
+    async def long():
+        codes.append((await exec_(s, "web", "sh", "-c", "echo ready > /ready; sleep 1000"))[0].exit_code)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(long)
+        with trio.fail_after(10):
+            while (await exec_(s, "web", "test", "-e", "/ready"))[0].exit_code:
+                await trio.sleep(0.01)
+            wire.send_message(connections[0]._sock, b"nonsense")
+            while len(connections) < 2:
+                await trio.sleep(0.01)
+        state = (await inspect(s, "web"))["State"]
+        assert (state["Status"], state["Pid"]) == ("running", pid)
+        assert (await exec_(s, "web", "echo", "still here"))[1] == b"still here\n"
+        assert codes == []
+        await s.bus.call(c.STOP, c.StopContainer(container="web"), timeout_s=20)
+        assert (await inspect(s, "web"))["State"]["ExitCode"] == 6
+    assert codes == [137]
+
+
+async def test_what_lost_its_shim_while_the_service_was_away_is_cleaned_up_at_once(tmp_path):
+    async with stack(tmp_path, containerd=False) as s:
+        async with serve_containerd(s.bus_path, tmp_path) as context:
+            await run_detached(s, "sleep", "1000", name="web")
+            pid = (await inspect(s, "web"))["State"]["Pid"]
+            status = Path(f"/proc/{pid}/status").read_text()
+            shim = int(next(line.split()[1] for line in status.splitlines() if line.startswith("PPid")))
+        os.kill(shim, signal.SIGKILL)
+        async with serve_containerd(s.bus_path, tmp_path):
+            assert (await s.bus.call(c.WAIT, c.WaitContainer(container="web"), timeout_s=10)).exit_code == 255
+            await wait_nothing_left(tmp_path, context.prefix)
+            await s.bus.call(c.REMOVE, c.RemoveContainer(container="web"))

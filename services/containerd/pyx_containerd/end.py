@@ -53,7 +53,7 @@ async def ended(engine: Engine, live: Live, exit_: Exit) -> None:
         finished_at_ns=exit_.time_ns,
         sandbox=None,
     )
-    removing = record.spec.auto_remove
+    removing = record.spec.auto_remove and not live.restarting
     if removing:
         engine.cleaning[live.id] = live
         engine.forget(live)
@@ -183,10 +183,15 @@ async def _drain(engine: Engine, live: Live) -> None:
             await trio.sleep(2)
             nursery.cancel_scope.cancel()
 
+        def drained() -> Awaitable[object]:
+            # With a timeout it's asked for that long, else only as long as a logd usually is away.
+            return engine.bus.call(logd.WAIT_DRAINED, request, timeout_s=DRAIN_TIMEOUT_S)
+
         nursery.start_soon(hurried)
         with trio.move_on_after(DRAIN_TIMEOUT_S):
-            await live.logged.wait()
-            await step(engine, live, "log", lambda: engine.bus.call(logd.WAIT_DRAINED, request))
+            if live.shim is not None and live.shim.is_open:  # else nobody could give logd the streams any more
+                await live.logged.wait()
+            await step(engine, live, "log", drained)
         nursery.cancel_scope.cancel()
 
 

@@ -60,6 +60,7 @@ class Live:
     - ``clean``: nothing of the last run is left
     - ``removed``: its row is gone
     - ``hurry``: stop waiting for a slow reader of the last run's output
+    - ``restarting``: its exit is the first half of a restart, and not its end
     - ``clients``: write ends of those who were attached at the start; a restarted logd gets them again, and goes on where it was
     """
 
@@ -73,6 +74,7 @@ class Live:
     hurry: trio.Event = field(default_factory=trio.Event)
     removed: trio.Event = field(default_factory=trio.Event)
     mounted: bool = False
+    restarting: bool = False
     logged: trio.Event = field(default_factory=trio.Event)
     executions: dict[str, Execution] = field(default_factory=dict)
     clients: list[int] = field(default_factory=list)

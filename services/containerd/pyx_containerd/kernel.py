@@ -195,13 +195,39 @@ def cgroup_directories(path: str) -> list[Path]:
 
 
 def cgroup_processes(path: str) -> list[int]:
-    """PIDs in a cgroup (its own, not those of cgroups below), from the first hierarchy that knows it."""
+    """PIDs in a cgroup and those below it, from the first hierarchy that knows it."""
     for place in cgroup_directories(path):
-        try:
-            return [int(line) for line in (place / "cgroup.procs").read_text().split()]
-        except OSError:
-            continue
+        found = []
+        for directory, _, _ in os.walk(place):
+            try:
+                found += [int(line) for line in Path(directory, "cgroup.procs").read_text().split()]
+            except OSError:
+                continue
+        return [pid for pid in found if pid > 0]  # 0 is a process of an outer PID namespace; to kill(2) it would be ourselves
     return []
+
+
+def frozen(path: str) -> bool:
+    """Whether a cgroup is frozen or about to be (v2 cgroup.freeze, v1 freezer.state)."""
+    for place in cgroup_directories(path):
+        for name, word in (("cgroup.freeze", "1"), ("freezer.self_freezing", "1")):
+            try:
+                if (place / name).read_text().strip() == word:
+                    return True
+            except OSError:
+                continue
+    return False
+
+
+def thaw(path: str) -> None:
+    """Undo a freeze. A frozen process of cgroup v1 doesn't even die."""
+    for place in cgroup_directories(path):
+        for name, word in (("cgroup.freeze", "0"), ("freezer.state", "THAWED")):
+            if (place / name).exists():
+                try:
+                    (place / name).write_text(word)
+                except OSError:
+                    pass
 
 
 def kill_cgroup(path: str) -> int:
@@ -219,6 +245,8 @@ def kill_cgroup(path: str) -> int:
             os.kill(pid, 9)
         except ProcessLookupError:
             pass
+    if processes:
+        thaw(path)
     return len(processes)
 
 

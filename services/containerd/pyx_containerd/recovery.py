@@ -70,6 +70,10 @@ async def _take_up(engine: Engine, live: Live, has_bundle: bool) -> None:
             state = None
         if state is not None and state.phase == "running":
             _mark_running(engine, live, state.init_pid, record)
+            paused = kernel.frozen(record.cgroup)
+            if paused != (live.record.state is State.PAUSED):  # killed between the freezer and the row
+                engine.change(live, Change.PAUSE if paused else Change.UNPAUSE)
+                engine.background(engine.store.update, live.record)
             return
         if state is not None and state.phase == "exited" and state.exit.time_ns != record.finished_at_ns:
             _mark_running(engine, live, state.init_pid, record)

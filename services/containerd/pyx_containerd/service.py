@@ -253,9 +253,16 @@ async def _signal(engine: Engine, live: Live, number: int) -> None:
     engine.publish(contract.ContainerKilled, live.record, signal=str(number))
     if live.record.state is State.PAUSED:
         runtime = await engine.runtime(live.record.runtime)
-        await live.shim.run(runtime.resume(live.id))
+        if await live.shim.run(runtime.resume(live.id)):
+            kernel.thaw(live.record.cgroup)  # the runtime refuses if somebody else was faster, or it is about to be gone
         if live.record.state is State.PAUSED:
-            engine.change(live, Change.UNPAUSE)
+            await _unpaused(engine, live)
+
+
+async def _unpaused(engine: Engine, live: Live) -> None:
+    engine.change(live, Change.UNPAUSE)
+    await engine.store.update(live.record)
+    engine.publish(contract.ContainerUnpaused, live.record)
 
 
 async def _force(engine: Engine, live: Live) -> None:
@@ -277,8 +284,18 @@ async def kill(engine: Engine, live: Live, signal: str) -> None:
 
 
 async def restart(engine: Engine, live: Live, signal: str, timeout_s: int | None) -> None:
-    await stop(engine, live, signal, timeout_s)
-    fd = await start.start(engine, live, contract.AttachOptions())
+    live.restarting = True  # its exit doesn't remove it, even with auto_remove
+    try:
+        try:
+            await stop(engine, live, signal, timeout_s)
+        finally:
+            live.restarting = False
+        fd = await start.start(engine, live, contract.AttachOptions())
+    except BaseException:
+        if live.record.spec.auto_remove and not live.running:
+            with trio.CancelScope(shield=True):
+                await remove(engine, live, force=True, volumes=True)
+        raise
     if fd >= 0:
         os.close(fd)
     engine.publish(contract.ContainerRestarted, live.record)
@@ -301,9 +318,7 @@ async def unpause(engine: Engine, live: Live) -> None:
         raise errors.FailedPrecondition(f'container "{live.record.name}" is not paused')
     runtime = await engine.runtime(live.record.runtime)
     await _runtime_run(engine, live, runtime.resume(live.id))
-    engine.change(live, Change.UNPAUSE)
-    await engine.store.update(live.record)
-    engine.publish(contract.ContainerUnpaused, live.record)
+    await _unpaused(engine, live)
 
 
 async def _runtime_run(engine: Engine, live: Live, argv: list[str]) -> None:
@@ -340,31 +355,37 @@ async def wait(live: Live, condition: str) -> contract.ExitStatus:
 
 async def remove(engine: Engine, live: Live, *, force: bool, volumes: bool) -> None:
     """Errors: conflict (running). What it held is free when this returns; the last leftovers of its run may follow."""
-    if live.running and not force:
-        paused = live.record.state is State.PAUSED
-        what = "paused: unpause it first or force its removal" if paused else "running: stop it first or force its removal"
-        raise errors.Conflict(f'cannot remove container "{live.record.name}": it is {what}')
-    if live.running:
-        await _force(engine, live)
-    if live.removed.is_set() or live.id not in engine.containers:
-        return  # it removed itself
-    async with live.lock:
-        if live.removed.is_set() or live.id not in engine.containers:
-            return
+    while True:
+        if live.running and not force:
+            paused = live.record.state is State.PAUSED
+            what = "paused: unpause it first or force its removal" if paused else "running: stop it first or force its removal"
+            raise errors.Conflict(f'cannot remove container "{live.record.name}": it is {what}')
         if live.running:
-            raise errors.Conflict(f'cannot remove container "{live.record.name}": it was started meanwhile')
-        with trio.CancelScope(shield=True):
-            engine.change(live, Change.REMOVE)
-            engine.cleaning[live.id] = live
-            engine.forget(live)
-            end.unmount(engine, live)
-            await engine.store.delete(live.id)
-            async with trio.open_nursery() as nursery:
-                for name, action in end.removal_steps(engine, live, volumes=volumes):
-                    nursery.start_soon(end.step, engine, live, name, action)
-            engine.publish(contract.ContainerDestroyed, live.record)
-            live.removed.set()
-            engine.background(_finish_removal, engine, live)
+            await _force(engine, live)
+        if live.removed.is_set() or live.id not in engine.containers:
+            return  # it removed itself
+        async with live.lock:
+            if live.removed.is_set() or live.id not in engine.containers:
+                return
+            if not live.running:
+                await _remove(engine, live, volumes=volumes)
+                return
+        # it was being started, and is running now
+
+
+async def _remove(engine: Engine, live: Live, *, volumes: bool) -> None:
+    with trio.CancelScope(shield=True):
+        engine.change(live, Change.REMOVE)
+        engine.cleaning[live.id] = live
+        engine.forget(live)
+        end.unmount(engine, live)
+        await engine.store.delete(live.id)
+        async with trio.open_nursery() as nursery:
+            for name, action in end.removal_steps(engine, live, volumes=volumes):
+                nursery.start_soon(end.step, engine, live, name, action)
+        engine.publish(contract.ContainerDestroyed, live.record)
+        live.removed.set()
+        engine.background(_finish_removal, engine, live)
 
 
 async def _finish_removal(engine: Engine, live: Live) -> None:

@@ -328,11 +328,14 @@ async def open_log(engine: Engine, live: Live, streams: dict[str, int]) -> None:
         driver=spec.log_driver or str(engine.context.config.get("log_driver", "json-file")),
         options=spec.log_options,
     )
+    clients = [os.dup(client) for client in live.clients]  # the run may end while logd is waited for, and the numbers be others'
     try:
-        opened = await engine.bus.call(logd.OPEN, request, fds=[*streams.values(), *live.clients], timeout_s=LOG_TIMEOUT_S)
+        opened = await engine.bus.call(logd.OPEN, request, fds=[*streams.values(), *clients], timeout_s=LOG_TIMEOUT_S)
     except (errors.Unavailable, errors.DeadlineExceeded) as error:
         engine.log.warning("logd is away, the output waits in its pipes", container=live.id, error=error.message)
         return
+    finally:
+        shim.close_all(clients)
     live.logged.set()
     if opened.path != live.record.log_path:
         live.record = msgspec.structs.replace(live.record, log_path=opened.path)
@@ -352,9 +355,34 @@ async def serve_shim(engine: Engine, live: Live, connection: Shim) -> None:
 
     async def on_lost() -> None:
         if live.shim is connection:
-            engine.background(end.shim_lost, engine, live)
+            engine.background(_find_again, engine, live, connection)
 
     await connection.serve(on_exit, on_lost)
+
+
+async def _find_again(engine: Engine, live: Live, lost: Shim) -> None:
+    """A connection to a shim has ended unasked. A shim lets go of one that doesn't read; only one that can't be reached is gone."""
+    await live.spawned.wait()
+    if not live.running or live.shim is not lost:
+        return
+    try:
+        connection = live.shim = Shim.connect(engine.bundle(live.id))
+        engine.background(serve_shim, engine, live, connection)
+        state = await connection.state()
+    except (OSError, errors.BusError):
+        await end.shim_lost(engine, live)
+        return
+    engine.log.warning("reconnected to a shim", container=live.id)
+    if state.phase == "exited":
+        await end.ended(engine, live, state.exit)
+        return
+    for execution in list(live.executions.values()):  # their ends may have been told to nobody
+        try:
+            await connection.kill(execution.key, 0)
+        except ProcessLookupError:
+            execution.ended.set()
+        except errors.BusError:
+            return  # lost once more: that is another task's
 
 
 async def _kill(live: Live) -> None:
