@@ -16,7 +16,7 @@ import socket
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import anyio
 import anyio.abc
@@ -24,8 +24,9 @@ import msgspec
 
 from . import errors
 from .contract.base import Event, Message, Method
+from .pending import Pending, ReceivedEvent, Stream, Subscription
 from .server import Call, Service, serve_call
-from .session import Incoming, Session, pong
+from .session import Session, pong
 from .sync import connect_unix, default_path
 from .transport import Transport, close_fds
 from .wire import ACK, CALL, CANCEL, CREDIT, MAX_EVENT, PING, PUBLISH, Frame, ProtocolError, encode
@@ -38,8 +39,6 @@ Res = TypeVar("Res", bound=Message)
 FIRST_RETRY_S = 0.01
 LAST_RETRY_S = 0.5
 RETRY_FOR_S = 30.0
-# Events a subscriber of this process hasn't taken yet; beyond it the oldest are dropped and a gap is told.
-MAX_BUFFERED_EVENTS = 16_384
 # Events not yet acknowledged by the broker. At about 300 bytes each this is 20 MB, some hours of a busy host without its broker.
 MAX_UNACKNOWLEDGED = 65_536
 
@@ -47,128 +46,6 @@ MAX_UNACKNOWLEDGED = 65_536
 _NOT_THE_SOCKETS = (errno.EBADF, errno.EMFILE, errno.ENFILE, errno.ETOOMANYREFS)
 
 _encode_body = msgspec.msgpack.encode
-_decoders: dict[type[Message], msgspec.msgpack.Decoder[Any]] = {}
-
-
-def decode_body(kind: type[Res], raw: bytes) -> Res:
-    """Decode and validate. Raises ``InvalidArgument``."""
-    decoder = _decoders.get(kind)
-    if decoder is None:
-        decoder = _decoders[kind] = msgspec.msgpack.Decoder(kind)
-    try:
-        value: Res = decoder.decode(raw or b"\x80")
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
-        raise errors.InvalidArgument(f"bad {kind.__name__}: {error}") from error
-    return value
-
-
-class ReceivedEvent:
-    """An event as a subscriber gets it. A gap has the topic ``bus.gap`` and lost, first_offset and last_offset in its payload."""
-
-    __slots__ = ("offset", "payload", "source", "time_ns", "topic")
-
-    def __init__(self, topic: str, offset: int, source: str, time_ns: int, payload: dict[str, Any]) -> None:
-        self.topic = topic
-        self.offset = offset
-        self.source = source
-        self.time_ns = time_ns
-        self.payload = payload
-
-
-class _Subscription:
-    def __init__(self, patterns: list[str], since: int | str | None) -> None:
-        self.patterns = patterns
-        self.since = since
-        self.bus_id = ""
-        self.events: deque[Incoming] = deque()
-        self.dropped = 0
-        self.first_dropped = 0
-        self.wake = anyio.Event()
-
-    def push(self, message: Incoming) -> None:
-        self.since = message.offset + 1
-        if len(self.events) >= MAX_BUFFERED_EVENTS:
-            oldest = self.events.popleft()
-            self.first_dropped = self.first_dropped or oldest.offset
-            self.dropped += 1
-        self.events.append(message)
-        self.wake.set()
-
-
-class _Pending:
-    """An open call: what arrived for it and nobody took yet."""
-
-    __slots__ = ("inbox", "wake")
-
-    def __init__(self) -> None:
-        self.inbox: deque[Incoming | errors.BusError] = deque()
-        self.wake = anyio.Event()
-
-    def push(self, message: Incoming | errors.BusError) -> None:
-        self.inbox.append(message)
-        self.wake.set()
-
-    async def pop(self) -> Incoming:
-        while not self.inbox:
-            self.wake = anyio.Event()
-            await self.wake.wait()
-        message = self.inbox.popleft()
-        if isinstance(message, errors.BusError):
-            raise message
-        if message.kind == "error":
-            close_fds(message.fds)
-            raise message.error()
-        return message
-
-    def close(self) -> None:
-        for message in self.inbox:
-            if isinstance(message, Incoming):
-                close_fds(message.fds)
-
-
-class Stream(Generic[Res]):
-    """A call that streams. Iterate over its items, then ask for the ``result``."""
-
-    def __init__(self, bus: Bus, serial: int, pending: _Pending, item: type[Message], result: type[Res]) -> None:
-        self._bus = bus
-        self._serial = serial
-        self._pending = pending
-        self._item = item
-        self._result_type = result
-        self._result: Incoming | None = None
-        self._fds: list[int] = []
-
-    def __aiter__(self) -> Stream[Res]:
-        return self
-
-    async def __anext__(self) -> Any:
-        message = await self._next()
-        if message is None:
-            raise StopAsyncIteration
-        return decode_body(self._item, message.raw)
-
-    async def _next(self) -> Incoming | None:
-        if self._result is not None:
-            return None
-        close_fds(self.take_fds())
-        message = await self._pending.pop()
-        self._fds = message.fds
-        if message.kind == "result":
-            self._result = message
-            return None
-        self._bus._item_consumed(self._serial)
-        return message
-
-    def take_fds(self) -> list[int]:
-        """The descriptors of the latest item or of the result; they're yours then."""
-        fds, self._fds = self._fds, []
-        return fds
-
-    async def result(self) -> Res:
-        """Wait for the end, passing over items not yet taken. Raises the call's error."""
-        while self._result is None:
-            await self._next()
-        return decode_body(self._result_type, self._result.raw)
 
 
 class Bus:
@@ -184,8 +61,8 @@ class Bus:
         self._session = Session()
         self._transport: Transport | None = None
         self._up = anyio.Event()
-        self._pending: dict[int, _Pending] = {}
-        self._subscriptions: dict[int, _Subscription] = {}
+        self._pending: dict[int, Pending] = {}
+        self._subscriptions: dict[int, Subscription] = {}
         self._service: Service | None = None
         self._served: dict[tuple[int, int], Call] = {}
         self._group: anyio.abc.TaskGroup | None = None
@@ -241,7 +118,7 @@ class Bus:
         body = _encode_body(request)
         timeout_ms = 0 if timeout_s is None else max(1, int(timeout_s * 1000))
         serial = 0
-        pending = _Pending()
+        pending = Pending()
         try:
             with anyio.fail_after(timeout_s):
                 await self._wait_up(timeout_s)
@@ -249,7 +126,7 @@ class Bus:
                 self._pending[serial] = pending
                 session = self._session
                 self._send(data, fds)
-                yield Stream(self, serial, pending, method.item or Message, method.result)
+                yield Stream(self._item_consumed, serial, pending, method.item or Message, method.result)
         except TimeoutError as error:
             raise errors.DeadlineExceeded(f"{method.name} didn't answer within {timeout_s} s") from error
         finally:
@@ -303,7 +180,7 @@ class Bus:
 
         Subscribed when the block is entered. ``since``: an offset, "beginning" (the oldest kept), None for what comes from now on.
         """
-        subscription = _Subscription(list(patterns), since)
+        subscription = Subscription(list(patterns), since)
         await self._wait_up(None)
         session = self._session
         subscription_id, serial, pending = self._subscribe(subscription)
@@ -325,18 +202,18 @@ class Bus:
             if self._up.is_set():
                 self._send(self._session.unsubscribe(subscription_id))
 
-    def _subscribe(self, subscription: _Subscription) -> tuple[int, int, _Pending]:
+    def _subscribe(self, subscription: Subscription) -> tuple[int, int, Pending]:
         """(its ID, the serial of the answer, the answer)."""
         if subscription.bus_id and subscription.bus_id != self._session.bus_id:
             subscription.since = "beginning"  # another journal: its offsets mean nothing here
         subscription.bus_id = self._session.bus_id
         serial, subscription_id, data = self._session.subscribe(subscription.patterns, subscription.since)
-        pending = self._pending[serial] = _Pending()
+        pending = self._pending[serial] = Pending()
         self._subscriptions[subscription_id] = subscription
         self._send(data)
         return subscription_id, serial, pending
 
-    async def _iterate(self, subscription: _Subscription) -> AsyncIterator[ReceivedEvent]:
+    async def _iterate(self, subscription: Subscription) -> AsyncIterator[ReceivedEvent]:
         while True:
             while not subscription.events:
                 subscription.wake = anyio.Event()
@@ -365,7 +242,7 @@ class Bus:
 
     async def _register(self, service: Service) -> None:
         serial, data = self._session.register(service.name)
-        pending = self._pending[serial] = _Pending()
+        pending = self._pending[serial] = Pending()
         self._send(data)
         try:
             await pending.pop()
