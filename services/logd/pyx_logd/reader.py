@@ -88,6 +88,7 @@ class LogReader:
         self._tail = selection.tail
         self._segments = driver.segments()
         self._position = 0
+        self._lost = False
         self._forget: Callable[[], None] = lambda: None
 
     def follow(self) -> None:
@@ -95,7 +96,11 @@ class LogReader:
         self._forget = self._driver.on_rotate(self._rotated)
 
     def _rotated(self) -> None:
-        fresh = self._driver.segments()
+        try:
+            fresh = self._driver.segments()
+        except OSError:  # no descriptor left. It's the writer's call: let it go on, and this reader end
+            self._lost = True
+            return
         self._segments.append(fresh.pop())
         for segment in fresh:
             os.close(segment.fd)
@@ -124,6 +129,9 @@ class LogReader:
             await trio.to_thread.run_sync(self._seek_tail, self._tail)
             self._tail = -1
         while self._segments and not client.gone and not self._renderer.past_until:
+            if self._lost:
+                client.close()
+                return
             segment = self._segments[0]
             last = len(self._segments) == 1
             if self._position >= segment.size_bytes:

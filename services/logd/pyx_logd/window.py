@@ -115,8 +115,9 @@ class Window:
         """What an earlier process left here. Follow it with `settle`."""
         return self._load()
 
-    def read(self, fd: int, mark: Mark) -> bytes | None:
-        """Read what's there, up to `READ_MAX_BYTES`, and return it after the pending bytes; None if nothing is there *now*.
+    def read(self, fd: int, mark: Mark, limit: int = READ_MAX_BYTES) -> bytes | None:
+        """Read what's there, up to ``limit`` (at most `READ_MAX_BYTES`), and return it after the pending bytes; None if nothing is
+        there *now*.
 
         ``mark`` is the log's position before these bytes are stored. Follow it with `settle` once they are. Whether None means the end
         only a further read(2) of the caller's can tell. Raises OSError as read(2).
@@ -124,7 +125,7 @@ class Window:
         count = available(fd)
         if not count:
             return None
-        count = min(count, READ_MAX_BYTES)
+        count = min(count, limit)
         length = min(count, len(_CANARY))
         self._map[_READ + count - length : _READ + count] = _CANARY[:length]
         offset = _SLOTS[self._slot]

@@ -88,6 +88,7 @@ class JsonFile:
     def _rotate(self) -> None:
         """Begin a new file. If that fails the old one goes on growing: output is worth more than the limit."""
         fresh = f"{self.path}.new"
+        fd = -1
         try:
             # made before any is deleted, so that it can't get the inode number a mark knows the old one by
             fd = os.open(fresh, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640)
@@ -99,6 +100,8 @@ class JsonFile:
                     continue
             os.rename(fresh, self.path)
         except OSError as error:
+            if fd >= 0:
+                os.close(fd)
             self._trouble(f"rotating {self.path}", error)
             return
         os.close(self._fd)

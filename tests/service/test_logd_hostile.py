@@ -1,0 +1,76 @@
+"""Output made to hurt: lines so short that their records are a hundred times as long; a rotation when no descriptor is left."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from tests.service.test_logd_service import ID, Container, read_all, stack
+
+from pyx_bus.contract import logd
+from pyx_logd.drivers.json_file import JsonFile
+from pyx_logd.window import READ_MAX_BYTES, Window
+
+
+async def write_all(fd: int, data: bytes) -> None:
+    async with trio.lowlevel.FdStream(os.dup(fd)) as stream:
+        await stream.send_all(data)
+    os.set_blocking(fd, True)
+
+
+async def test_empty_lines_are_read_in_small_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each becomes a record of 70 bytes: a full read of them would hold everybody else up for 40 ms."""
+    limits: Counter[int] = Counter()
+    read = Window.read
+
+    def counted(self: Window, fd: int, mark: Any, limit: int = READ_MAX_BYTES) -> bytes | None:
+        limits[limit] += 1
+        return read(self, fd, mark, limit)
+
+    monkeypatch.setattr(Window, "read", counted)
+    async with stack(tmp_path) as s:
+        container = Container(s)
+        os.set_blocking(container.out, False)
+        await container.open()
+        await write_all(container.out, b"\n" * 400_000)
+        await container.end()
+        assert len((s.root / ID / f"{ID}-json.log").read_bytes().splitlines()) == 400_000
+    assert min(limits) < READ_MAX_BYTES
+
+
+async def test_a_rotation_that_a_follower_cannot_see_costs_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No descriptor is left for the follower: it ends, the container's output is stored all the same."""
+    segments = JsonFile.segments
+    refuse = False
+
+    def refusing(self: JsonFile) -> Any:
+        if refuse:
+            raise OSError(24, "Too many open files")
+        return segments(self)
+
+    monkeypatch.setattr(JsonFile, "segments", refusing)
+    async with stack(tmp_path) as s:
+        container = Container(s)
+        await container.open(options={"max-size": "1k", "max-file": "2"})
+        read_end, write_end = os.pipe()
+        async with trio.open_nursery() as nursery:
+
+            async def follow() -> None:
+                await s.bus.call(logd.READ, logd.ReadLogs(container_id=ID, follow=True), fds=[write_end], timeout_s=20)
+
+            nursery.start_soon(follow)
+            os.write(container.out, b"first\n")
+            with trio.fail_after(10):
+                await trio.lowlevel.wait_readable(read_end)
+            os.close(write_end)
+            refuse = True
+            for number in range(40):
+                os.write(container.out, b"line %d\n" % number)
+            with trio.fail_after(10):
+                assert b"first" in await read_all(read_end)
+        await container.end()
+        assert s.log()[-1]["log"] == "line 39\n"
