@@ -1,6 +1,6 @@
 """The broker's decisions, without I/O: who gets a frame, what happens when a peer comes, goes, or sends nonsense.
 
-The router never decodes the body of a call, an answer or an event. Connections are ``Peer`` objects; frames for one are handed to
+The router never decodes the body of a call or an answer; an event, which it keeps, it only checks for being a map. Connections are ``Peer`` objects; frames for one are handed to
 its ``send``, and the I/O side flushes them afterwards.
 
 Answers are matched to calls: a service can only answer what it was asked, under the caller's connection and serial number. When
@@ -296,6 +296,7 @@ class Router:
         """Journal, acknowledge, deliver. A sequence number already seen from this publisher is only acknowledged."""
         if len(frame.route) + len(frame.body) > MAX_EVENT:  # in the journal it would end every subscriber's connection
             raise ProtocolError(f"event of {len(frame.body)} bytes is larger than the limit of {MAX_EVENT}")
+        _map(frame)  # nor anything that a subscriber couldn't read
         if peer.publisher:
             if frame.arg <= self._published.get(peer.publisher, 0):
                 peer.send(encode(ACK, b"", b"", 0, 0, frame.arg))

@@ -13,7 +13,7 @@ A frame is a fixed header of 24 bytes, a short routing text, and a body of msgpa
     16      8     arg       deadline, offset, sequence number or credit, by kind
 
 all little endian, then ``route`` bytes of UTF-8 (method, service name or topic), then the body. The broker routes by header and
-routing text and never decodes a body, so that it costs the same whatever is in it.
+routing text and never decodes the body of a call, so that it costs the same whatever is in it.
 
 Imports are the bare minimum: the command line starts with this module.
 """

@@ -260,13 +260,27 @@ def test_who_goes_on_asking_without_reading_is_sent_away() -> None:
     assert deaf.take() == []
 
 
+def blob(size: int) -> bytes:
+    """A map of exactly so many bytes."""
+    return b"\x81\xa0\xc6" + (size - 7).to_bytes(4, "big") + bytes(size - 7)
+
+
+def test_an_event_nobody_could_read_never_gets_into_the_journal() -> None:
+    bench = Bench()
+    publisher = bench.peer("publisher")
+    for number, payload in enumerate((b"\xc1", b"\x81", b"\x90", b"\x81\xa1\xff\x01", b""), 1):
+        with pytest.raises(ProtocolError):
+            bench.router.receive(publisher, Frame(wire.PUBLISH, b"service.up", payload, arg=number))
+    assert bench.router.journal.oldest_offset == bench.router.journal.next_offset
+
+
 def test_an_event_too_large_to_be_delivered_never_gets_into_the_journal() -> None:
     bench = Bench()
     publisher, reader = bench.peer("publisher"), bench.peer("reader")
-    payload = b"\xa0" * (wire.MAX_FRAME - wire.HEADER_SIZE - len(b"a.b"))
+    payload = blob(wire.MAX_FRAME - wire.HEADER_SIZE - len(b"a.b"))
     with pytest.raises(ProtocolError, match="event of"):
         bench.router.receive(publisher, Frame(wire.PUBLISH, b"a.b", payload, arg=1))
-    bench.router.receive(publisher, Frame(wire.PUBLISH, b"a.b", b"\xa0" * (wire.MAX_EVENT - 3), arg=2))
+    bench.router.receive(publisher, Frame(wire.PUBLISH, b"a.b", blob(wire.MAX_EVENT - 3), arg=2))
     body = packb({"patterns": [">"], "since": "beginning"})
     bench.router.receive(reader, Frame(wire.SUBSCRIBE, b"", body, peer=1, serial=1))
     assert [frame.kind for frame in reader.take()] == [wire.RESULT, wire.EVENT]
