@@ -17,6 +17,7 @@ from tests.containerd_stack import leftovers, output_of, serve_containerd, stack
 from pyx_bus import errors
 from pyx_bus.contract import containerd as c
 from pyx_bus.contract import logd, volumed
+from pyx_bus.contract.base import Empty
 from pyx_containerd import kernel, start
 from pyx_containerd import shim as wire
 from pyx_containerd.shims import Shim
@@ -35,6 +36,7 @@ async def s(tmp_path):
             yield running
         finally:
             with trio.CancelScope(shield=True), trio.move_on_after(20):
+                await running.bus.call(c.INFO, Empty())  # the container that tries the runtimes is gone when this is answered
                 listed = await running.bus.call(c.LIST, c.ListContainers(all=True))
                 for row in listed.containers:
                     with contextlib.suppress(errors.BusError):

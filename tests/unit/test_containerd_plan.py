@@ -202,3 +202,10 @@ def test_bad_ports_of_an_image(text):
         return
     with pytest.raises(InvalidArgument, match="invalid port"):
         plan.exposed_ports(spec(), ImageConfig(id="", reference="", exposed_ports=[text]))
+
+
+def test_numbers_no_file_should_hold():
+    passwd = f"huge:x:{'9' * 5000}:0::/:/bin/sh\nweb:x:7:7::/web:/bin/sh\n".encode()
+    assert users.resolve("web", [], passwd, b"").uid == 7
+    with pytest.raises(InvalidArgument, match="unable to find user"):
+        users.resolve("9" * 5000, [], passwd, b"")

@@ -178,7 +178,8 @@ def _holders(engine: Engine) -> dict[str, tuple[Method[Retain, Released], Callab
 
     def with_network() -> list[str]:
         # a sandbox belongs to a run; one that's being started has its lock held, and its holding is newer than ``before_ns`` or wanted
-        return [id_ for id_, live in engine.containers.items() if live.running or live.lock.locked()] + list(engine.creating)
+        wanted = [id_ for id_, live in engine.containers.items() if live.running or live.lock.locked() or live.record.sandbox]
+        return wanted + list(engine.creating)
 
     return {
         "imaged": (imaged.RETAIN, everybody),

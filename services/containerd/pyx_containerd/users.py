@@ -26,7 +26,7 @@ def _rows(text: bytes, columns: int) -> list[list[str]]:
 
 
 def _number(text: str) -> int | None:
-    return int(text) if text.isascii() and text.isdigit() and int(text) < 1 << 31 else None
+    return int(text) if len(text) <= 10 and text.isascii() and text.isdigit() and int(text) < 1 << 31 else None
 
 
 def resolve(user: str, group_add: list[str], passwd: bytes, group: bytes) -> Identity:
