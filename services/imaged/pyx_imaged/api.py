@@ -82,7 +82,7 @@ def _snapshotters(root: Path, library: Library, wanted: str, context: Context) -
 
 @contextmanager
 def _disk_full_is_no_bug() -> Iterator[None]:
-    """Errors: resource_exhausted where a transfer met the end of the disk outside a worker."""
+    """Errors: resource_exhausted where a call met the end of the disk outside a worker."""
     try:
         yield
     except Exception as error:
@@ -185,11 +185,13 @@ def _service(images: Images, transfers: Transfers) -> Service:
 
     @service.method(contract.TAG)
     async def tag(call: Call, request: contract.TagImage) -> Empty:
-        await images.tag(request)
+        with _disk_full_is_no_bug():
+            await images.tag(request)
         return Empty()
 
     @service.method(contract.REMOVE)
     async def remove(call: Call, request: contract.RemoveImage) -> contract.RemovedImage:
-        return await images.remove(request)
+        with _disk_full_is_no_bug():
+            return await images.remove(request)
 
     return service

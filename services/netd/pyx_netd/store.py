@@ -23,7 +23,7 @@ import sqlite3
 from dataclasses import asdict
 from pathlib import Path
 
-from pyx_bus.errors import FailedPrecondition
+from pyx_bus.errors import FailedPrecondition, ResourceExhausted
 
 from .model import Attachment, Network, Port
 
@@ -119,7 +119,7 @@ class AttachmentStore:
         return int(row[0]) if row else 0
 
     def add(self, attachment: Attachment, cursor: int) -> None:
-        """Commit an attachment, and with it the number of the address given last (0: leave it)."""
+        """Commit an attachment, and with it the number of the address given last (0: leave it). Errors: resource_exhausted."""
         self._db.execute("BEGIN IMMEDIATE")
         try:
             self._db.execute(
@@ -132,10 +132,13 @@ class AttachmentStore:
             )  # fmt: skip
             if cursor:
                 self._db.execute("INSERT OR REPLACE INTO cursor VALUES (0, ?)", (cursor,))
-        except BaseException:
-            self._db.execute("ROLLBACK")
+            self._db.execute("COMMIT")
+        except BaseException as error:
+            if self._db.in_transaction:  # SQLite ends it by itself for some errors
+                self._db.execute("ROLLBACK")
+            if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+                raise ResourceExhausted("no space left in the run directory") from error
             raise
-        self._db.execute("COMMIT")
 
     def remove(self, container_id: str) -> None:
         """Forget an attachment. Idempotent."""

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyx_bus.errors import FailedPrecondition
+from pyx_bus.errors import FailedPrecondition, ResourceExhausted
 
 from .model import VolumeRecord
 
@@ -73,7 +73,7 @@ class Store:
         release: Iterable[Reference] = (),
         remove: Iterable[str] = (),
     ) -> None:
-        """All or nothing, and on the disk when it returns."""
+        """All or nothing, and on the disk when it returns. Errors: resource_exhausted (disk full)."""
         db = self._db
         db.execute("BEGIN IMMEDIATE")
         try:
@@ -90,8 +90,11 @@ class Store:
                 [(r.container_id, r.target, r.volume, r.since_ns) for r in refer],
             )
             db.execute("COMMIT")
-        except BaseException:
-            db.execute("ROLLBACK")
+        except BaseException as error:
+            if db.in_transaction:  # SQLite ends it by itself for some errors
+                db.execute("ROLLBACK")
+            if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+                raise ResourceExhausted("no space left where volumes are kept", hint="remove volumes or images") from error
             raise
 
     def close(self) -> None:
