@@ -1,7 +1,7 @@
 """The broker's decisions, without I/O: who gets a frame, what happens when a peer comes, goes, or sends nonsense.
 
-The router never decodes the body of a call or an answer; an event, which it keeps, it only checks for being a map. Connections are ``Peer`` objects; frames for one are handed to
-its ``send``, and the I/O side flushes them afterwards.
+The router never decodes the body of a call or an answer; an event, which it keeps, it only checks for being a map. Connections are
+``Peer`` objects; frames for one are handed to its ``send``, and the I/O side flushes them afterwards.
 
 Answers are matched to calls: a service can only answer what it was asked, under the caller's connection and serial number. When
 a caller leaves, its calls are cancelled at the services; when a service leaves, its callers get ``unavailable``.

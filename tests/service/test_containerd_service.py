@@ -14,7 +14,8 @@ import trio
 import trio.testing
 from tests.containerd_stack import leftovers, output_of, serve_containerd, stack, wait_nothing_left
 
-from pyx_bus import errors
+import pyx_logd.__main__
+from pyx_bus import client, errors, testing
 from pyx_bus.contract import containerd as c
 from pyx_bus.contract import logd, volumed
 from pyx_bus.contract.base import Empty
@@ -659,3 +660,26 @@ async def test_what_lost_its_shim_while_the_service_was_away_is_cleaned_up_at_on
             assert (await s.bus.call(c.WAIT, c.WaitContainer(container="web"), timeout_s=10)).exit_code == 255
             await wait_nothing_left(tmp_path, context.prefix)
             await s.bus.call(c.REMOVE, c.RemoveContainer(container="web"))
+
+
+async def test_the_end_of_the_output_waits_for_a_logd_that_is_long_away(tmp_path, monkeypatch):
+    """Longer than calls are usually repeated for; the container is over, its last words in the pipe the shim holds."""
+    monkeypatch.setattr(client, "RETRY_FOR_S", 0.2)
+    async with stack(tmp_path, logd=False) as s:
+
+        def serve_logd():
+            place = {"root": tmp_path / "root" / "logd", "run": tmp_path / "run" / "logd"}
+            return testing.serve(s.bus_path, "logd", pyx_logd.__main__.setup, **place)
+
+        async with serve_logd():
+            id_ = await run_detached(s, "sh", "-c", "trap 'echo last; exit 3' TERM; while :; do sleep 0.02; done", name="web")
+            await exec_(s, "web", "true")
+        await s.bus.call(c.STOP, c.StopContainer(container="web"), timeout_s=20)
+        await trio.sleep(1.5)  # as long as it would take to give up: the first attempt, and the repeated ones
+        async with serve_logd():
+            with trio.fail_after(10):
+                path = (await inspect(s, "web"))["LogPath"]
+                while "last" not in Path(path).read_text():
+                    await trio.sleep(0.02)
+            await s.bus.call(c.REMOVE, c.RemoveContainer(container=id_))
+            await wait_nothing_left(tmp_path, s.context.prefix)
