@@ -12,7 +12,11 @@ import trio
 from tests.service.test_logd_service import ID, Container, read_all, stack
 
 from pyx_bus.contract import logd
+from pyx_logd.clients import Client
 from pyx_logd.drivers.json_file import JsonFile
+from pyx_logd.frames import raw
+from pyx_logd.model import Chunk
+from pyx_logd.reader import LogReader, Selection
 from pyx_logd.window import READ_MAX_BYTES, Window
 
 
@@ -74,3 +78,36 @@ async def test_a_rotation_that_a_follower_cannot_see_costs_no_output(tmp_path: P
                 assert b"first" in await read_all(read_end)
         await container.end()
         assert s.log()[-1]["log"] == "line 39\n"
+
+
+async def test_rotations_while_the_tail_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that looks goes on with the files it had; they aren't closed under it."""
+    (tmp_path / "c").mkdir()
+    driver = JsonFile(tmp_path / "c", {"max-size": "100", "max-file": "12"}, lambda what, error: None)
+    driver.open()
+
+    def write(first: int) -> None:
+        for number in range(first, first + 30):
+            driver.write([Chunk("stdout", b"%d\n" % number, 1)])
+
+    write(0)
+    look = LogReader._lines_back
+    looks = 0
+
+    def slowly(segment: Any, wanted: int, *, newest: bool) -> tuple[int, int]:
+        nonlocal looks
+        looks += 1
+        if looks == 2:
+            write(30)
+        return look(segment, wanted, newest=newest)
+
+    monkeypatch.setattr(LogReader, "_lines_back", staticmethod(slowly))
+    read_end, write_end = os.pipe()
+    client = Client(write_end, raw)
+    reader = LogReader(driver, Selection(tail=8), raw)
+    reader.follow()
+    await reader.send_to(client)
+    reader.close()
+    client.close()
+    await driver.aclose()
+    assert (await read_all(read_end)).split() == [b"%d" % number for number in range(22, 60)]

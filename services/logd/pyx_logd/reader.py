@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import trio
@@ -105,7 +105,7 @@ class LogReader:
         for segment in fresh:
             os.close(segment.fd)
         deleted = sum(os.fstat(segment.fd).st_nlink == 0 for segment in self._segments[1:])  # the first is being read
-        if deleted > _DELETED_SEGMENTS_MAX:
+        if deleted > _DELETED_SEGMENTS_MAX and self._tail < 0:  # else a thread is looking through them
             os.close(self._segments.pop(1).fd)
 
     @property
@@ -126,7 +126,11 @@ class LogReader:
     async def send_to(self, client: Client) -> None:
         """Send all there is, until `caught_up` or the client is gone."""
         if self._tail >= 0:
-            await trio.to_thread.run_sync(self._seek_tail, self._tail)
+            # files begun meanwhile come after the tail's beginning, wherever that is
+            index, self._position = await trio.to_thread.run_sync(self._find_tail, tuple(self._segments), self._tail)
+            for older in self._segments[:index]:
+                os.close(older.fd)
+            del self._segments[:index]
             self._tail = -1
         while self._segments and not client.gone and not self._renderer.past_until:
             if self._lost:
@@ -158,19 +162,14 @@ class LogReader:
                 return b"", size
             length *= 2
 
-    def _seek_tail(self, lines: int) -> None:
-        """Drop what comes before the last ``lines`` lines. Blocking. A line not yet finished counts as one."""
-        wanted = lines
-        for index in range(len(self._segments) - 1, -1, -1):
-            segment = self._segments[index]
-            found, start = self._lines_back(segment, wanted, newest=index == len(self._segments) - 1)
-            wanted -= found
-            if wanted <= 0:
-                for older in self._segments[:index]:
-                    os.close(older.fd)
-                del self._segments[:index]
-                self._position = start
-                return
+    def _find_tail(self, segments: Sequence[Segment], lines: int) -> tuple[int, int]:
+        """In which segment the last ``lines`` lines begin, and where. Blocking. A line not yet finished counts as one."""
+        for index in range(len(segments) - 1, -1, -1):
+            found, start = self._lines_back(segments[index], lines, newest=index == len(segments) - 1)
+            lines -= found
+            if lines <= 0:
+                return index, start
+        return 0, 0
 
     @staticmethod
     def _lines_back(segment: Segment, wanted: int, *, newest: bool) -> tuple[int, int]:
