@@ -73,7 +73,10 @@ def error_line(error: BusError | CliError) -> str:
 
 
 def each(options: Options, act: object, names: list[str]) -> int:
-    """Do ``act(name)`` for every name, going on past failures; each success prints what ``act`` returns. 1 if any failed."""
+    """Do ``act(name)`` for every name, going on past failures. 1 if any failed.
+
+    Each success prints the name, or the text ``act`` returns, or nothing if that's True.
+    """
     import sys
 
     from pyx_bus.errors import BusError
@@ -90,5 +93,14 @@ def each(options: Options, act: object, names: list[str]) -> int:
                 sys.stderr.write(f"code: {error.code} {error.details}\n")
             status = 1
             continue
-        sys.stdout.write(f"{name if answer is None else answer}\n")
+        if answer is not True:
+            sys.stdout.write(f"{name if answer is None else answer}\n")
     return status
+
+
+def missing(error: BusError) -> bool:
+    """A forced removal of what isn't there succeeds, and says so."""
+    import sys
+
+    sys.stderr.write(error_line(error))
+    return True

@@ -37,6 +37,7 @@ _STOP_S = 10.0  # how long a service may take for its orderly end
 _LOG_LIMIT = 8 << 20  # a log above this is moved aside (one predecessor is kept)
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 _BROKER = "busd"
+_HANDLED = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class _Child:
@@ -309,7 +310,7 @@ class Supervisor:
     def main(self) -> int:
         self._wakeup = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(self._wakeup[1], warn_on_full_buffer=False)
-        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in _HANDLED:
             signal.signal(number, lambda *_: None)
         self._stack.write_pid()
         os.environ.pop("NOTIFY_SOCKET", None)
@@ -345,14 +346,18 @@ class Supervisor:
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()
+        # Until the child has its own ways with signals ours would swallow its SIGTERM, and wake us by the pipe that is shared.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
         try:
             pid = os.fork()
+            if pid == 0:
+                self._become(child, parent, before)
         except OSError as error:  # a limit on processes, or no memory: the others go on meanwhile
             _log(f"cannot start {child.name}: {error.strerror}; trying again in {_BACKOFF_LAST_S:g} s")
             child.start_at = time.monotonic() + _BACKOFF_LAST_S
             return
-        if pid == 0:
-            self._become(child, parent)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         child.pid = pid
         child.started_at = time.monotonic()
         self._write_children()
@@ -364,7 +369,7 @@ class Supervisor:
         path.write_text(text)
         path.rename(self._stack.run / "services")
 
-    def _become(self, child: _Child, parent: int) -> None:
+    def _become(self, child: _Child, parent: int, mask: set[int]) -> None:
         """The forked service: never returns."""
         status = 1
         try:
@@ -372,6 +377,7 @@ class Supervisor:
             for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             for fd in self._wakeup:
                 os.close(fd)
             self._stack.release()

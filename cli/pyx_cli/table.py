@@ -105,7 +105,6 @@ _PS = (
     Flag("latest", "l", "bool", "Show the latest created container (includes all states)"),
     _NO_TRUNC,
     Flag("quiet", "q", "bool", "Only display container IDs"),
-    Flag("size", "s", "bool", "Display total file sizes"),
 )
 _STOP = (
     _SIGNAL,
@@ -140,7 +139,7 @@ COMMANDS = {
         ), minimum=2, interspersed=False),
         Command("container inspect", "inspect:containers", "CONTAINER [CONTAINER...]",
                 "Display detailed information on one or more containers",
-                (*_INSPECT, Flag("size", "s", "bool", "Display total file sizes")), minimum=1),
+                _INSPECT, minimum=1),
         Command("container kill", "life:kill", "CONTAINER [CONTAINER...]", "Kill one or more running containers",
                 (Flag("signal", "s", "string", "Signal to send to the container", "string", "KILL"),), minimum=1),
         Command("container logs", "logs:logs", "CONTAINER", "Fetch the logs of a container", (
@@ -237,7 +236,6 @@ COMMANDS = {
         ), maximum=0),
         Command("inspect", "inspect:any_", "NAME|ID [NAME|ID...]", "Return low-level information on objects", (
             *_INSPECT,
-            Flag("size", "s", "bool", "Display total file sizes if the type is container"),
             Flag("type", "", "string", "Only look up objects of this type: container, image, network, volume"),
         ), minimum=1),
         Command("version", "system:version", "", "Show the version information", (

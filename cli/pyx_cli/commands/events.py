@@ -6,7 +6,7 @@ import sys
 import time
 
 from ..client import connect, mapping, text
-from ..grammar import Options
+from ..grammar import CliError, Options
 from ..output import renderer, unescape
 from ..values import filters, timestamp_ns
 
@@ -14,7 +14,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pyx_bus.session import Incoming
+
 _PATTERNS = ["container.>", "image.>", "network.>", "volume.>", "service.>"]
+_RECONNECT_S = 30.0  # a restart of the broker takes a fraction of a second; a stack that was stopped doesn't come back
 _QUIET_S = 0.25  # with --until in the past: this long without a further kept event means there is none
 
 
@@ -79,8 +82,6 @@ def matches(event: dict[str, object], wanted: dict[str, list[str]]) -> bool:
         elif key == "scope":
             ok = "local" in values
         else:
-            from ..grammar import CliError
-
             raise CliError(f"invalid filter '{key}'")
         if not ok:
             return False
@@ -113,15 +114,14 @@ def events(options: Options) -> int:
     since_ns = timestamp_ns(options.text("since"), "--since", now_ns) if options.given("since") else 0
     until_ns = timestamp_ns(options.text("until"), "--until", now_ns) if options.given("until") else 0
     write = _writer(options)
-    connection = connect(options)
     # A time in the past is found in what the journal keeps; without one only what comes from now on is wanted.
     replay = bool(options.given("since") or (until_ns and until_ns <= now_ns))
-    connection.subscribe(_PATTERNS, "beginning" if replay else None)
+    journal = _Journal(options, "beginning" if replay else None)
     while True:
         timeout_s = None
         if until_ns:
             timeout_s = max((until_ns - time.time_ns()) / 1e9, _QUIET_S)
-        message = connection.receive(timeout_s)
+        message = journal.receive(timeout_s)
         if message is None:
             return 0
         if message.kind == "gap":
@@ -141,5 +141,50 @@ def events(options: Options) -> int:
         event = document(message.topic, time_ns, payload)
         if matches(event, wanted):
             sys.stdout.write(write(event) + "\n")
-            if not connection.pending():
+            if not journal.pending():
                 sys.stdout.flush()
+
+
+class _Journal:
+    """A subscription that outlives the broker: it goes on at the next offset, or with everything a new journal has."""
+
+    def __init__(self, options: Options, since: int | str | None) -> None:
+        self._options = options
+        self._connection = connect(options)
+        self._connection.subscribe(_PATTERNS, since)
+        self._bus_id = self._connection.bus_id
+        self._next = since
+
+    def pending(self) -> bool:
+        return self._connection.pending()
+
+    def receive(self, timeout_s: float | None) -> Incoming | None:
+        from pyx_bus.errors import Unavailable
+
+        while True:
+            try:
+                message = self._connection.receive(timeout_s)
+            except Unavailable:
+                sys.stdout.flush()
+                self._reconnect()
+                continue
+            if message is not None and message.kind in ("event", "gap"):
+                self._next = message.offset + 1
+            return message
+
+    def _reconnect(self) -> None:
+        """Raises CliError if the broker stays away for longer than a restart takes."""
+        from pyx_bus.errors import Unavailable
+
+        give_up = time.monotonic() + _RECONNECT_S
+        while True:
+            try:
+                self._connection = connect(self._options)
+                if self._connection.bus_id != self._bus_id:  # offsets of another journal mean nothing here
+                    self._bus_id, self._next = self._connection.bus_id, "beginning"
+                self._connection.subscribe(_PATTERNS, self._next)
+                return
+            except (CliError, Unavailable):
+                if time.monotonic() > give_up:
+                    raise
+                time.sleep(0.05)  # between two looks at whether the broker listens again

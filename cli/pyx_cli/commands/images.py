@@ -6,7 +6,7 @@ import os
 import sys
 import time
 
-from ..client import connect, each, items, number, text, texts
+from ..client import connect, each, items, missing, number, text, texts
 from ..grammar import CliError, Options
 from ..output import Listing, ago, created_at, human_size, short_id
 from ..terminal import is_terminal
@@ -126,12 +126,7 @@ def pull(options: Options) -> int:
     if not quiet and not split_reference(reference)[1]:
         print("Using default tag: latest", flush=True)
     result = _follow(options, "imaged.pull", {"reference": reference, **_platform(options)}, (), quiet)
-    name = text(result, "reference")
-    if not quiet:
-        print(f"Digest: {text(result, 'digest')}")
-        state = "Image is up to date for" if result.get("up_to_date") else "Downloaded newer image for"
-        print(f"Status: {state} {familiar(name)}")
-    print(name)
+    print(text(result, "reference"))  # digest and status have been among the progress
     return 0
 
 
@@ -174,7 +169,7 @@ def _relayed(
         import threading
 
         threading.Thread(target=_pump, args=(relay,), daemon=True).start()
-    return _follow(options, method, body, (fd,), quiet)
+    return _follow(options, method, body, (fd,), quiet or not is_terminal(1))  # what scripts read is the result
 
 
 def _pump(relay: int) -> None:
@@ -218,16 +213,16 @@ def remove(options: Options) -> int:
 
     from pyx_bus.errors import NotFound
 
-    def one(name: str) -> str:
+    def one(name: str) -> str | bool:
         try:
             result = connection.call("imaged.remove", {"reference": name, "force": force})
-        except NotFound:
+        except NotFound as error:
             if not force:
                 raise
-            return ""
+            return missing(error)
         lines = [f"Untagged: {familiar(reference)}" for reference in texts(result, "untagged")]
         lines += [f"Deleted: {identity}" for identity in texts(result, "deleted")]
         sys.stdout.flush()
-        return "\n".join(lines)
+        return "\n".join(lines) or True
 
     return each(options, one, options.args)

@@ -55,10 +55,7 @@ def _find(connection: Connection, options: Options, kinds: Sequence[str], name: 
         if kind == "image" and options.given("platform"):
             body["platform"] = options.text("platform")
         try:
-            found = document(connection.call(method, body))
-            if kind == "container" and options.flag("size"):
-                _sizes(connection, found)
-            return found
+            return document(connection.call(method, body))
         except NotFound:
             if len(kinds) == 1:
                 raise
@@ -67,14 +64,6 @@ def _find(connection: Connection, options: Options, kinds: Sequence[str], name: 
             if len(kinds) == 1 or kind == "container":
                 raise
     raise NotFound(f'no such object: "{name}"')
-
-
-def _sizes(connection: Connection, found: dict[str, object]) -> None:
-    from ..client import items, number
-
-    body: dict[str, object] = {"all": True, "size": True, "filters": {"id": [str(found.get("Id", ""))]}}
-    for row in items(connection.call("containerd.list", body), "containers"):
-        found["SizeRw"], found["SizeRootFs"] = number(row, "size_rw_bytes", -1), number(row, "size_root_bytes", -1)
 
 
 def _inspect(options: Options, kinds: Sequence[str]) -> int:

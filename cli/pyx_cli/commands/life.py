@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..client import connect, each, number
+from ..client import connect, each, missing, number
 from ..grammar import Options
 
 
@@ -75,12 +75,13 @@ def remove(options: Options) -> int:
     connection = connect(options)
     force, volumes = options.flag("force"), options.flag("volumes")
 
-    def one(name: str) -> str:
+    def one(name: str) -> str | bool:
         try:
             connection.call("containerd.remove", {"container": name, "force": force, "volumes": volumes})
-        except NotFound:
+        except NotFound as error:
             if not force:
                 raise
+            return missing(error)
         return name
 
     return each(options, one, options.args)

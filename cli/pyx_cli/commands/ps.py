@@ -8,14 +8,14 @@ import time
 from .. import ports
 from ..client import connect, document, items, mapping, number, text, texts
 from ..grammar import CliError, Options
-from ..output import Listing, ago, created_at, human_size, labels_text, short_id
+from ..output import Listing, ago, created_at, labels_text, short_id
 from ..values import filters
 
 _LISTING = Listing(
     {
         "ID": "CONTAINER ID", "Image": "IMAGE", "Command": "COMMAND", "CreatedAt": "CREATED AT", "RunningFor": "CREATED",
         "Status": "STATUS", "State": "STATE", "Ports": "PORTS", "Names": "NAMES", "Labels": "LABELS", "Mounts": "MOUNTS",
-        "LocalVolumes": "LOCAL VOLUMES", "Networks": "NETWORKS", "Size": "SIZE",
+        "LocalVolumes": "LOCAL VOLUMES", "Networks": "NETWORKS",
     },
     ("ID", "Image", "Command", "RunningFor", "Status", "Ports", "Names"),
     shrink=("Image", "Command", "Ports", "Status"),
@@ -24,7 +24,6 @@ _LISTING = Listing(
 
 def ps(options: Options) -> int:
     wanted = filters(options.list("filter"))
-    template = options.text("format")
     body: dict[str, object] = {}
     limit = 1 if options.flag("latest") else max(0, options.number("last", -1))
     if options.flag("all") or limit or "status" in wanted or "exited" in wanted:
@@ -33,14 +32,11 @@ def ps(options: Options) -> int:
         body["limit"] = limit
     if wanted:
         body["filters"] = wanted
-    if options.flag("size") or ".Size" in template:
-        body["size"] = True
     containers = items(connect(options).call("containerd.list", body), "containers")
     now_ns = time.time_ns()
     trunc = not options.flag("no-trunc")
     rows = [_row(container, now_ns, trunc) for container in containers]
-    columns = (*_LISTING.columns, "Size") if options.flag("size") else None
-    _LISTING.print(options, rows, columns)
+    _LISTING.print(options, rows)
     return 0
 
 
@@ -53,9 +49,6 @@ def _row(container: dict[str, object], now_ns: int, trunc: bool) -> dict[str, st
     if image.startswith("sha256:") and trunc:
         image = short_id(image)
     identity = text(container, "id")
-    writable = number(container, "size_rw_bytes", -1)
-    virtual = number(container, "size_root_bytes", -1)
-    size = "" if writable < 0 else human_size(writable) + (f" (virtual {human_size(virtual)})" if virtual > 0 else "")
     return {
         "ID": identity[:12] if trunc else identity,
         "Image": image,
@@ -70,7 +63,6 @@ def _row(container: dict[str, object], now_ns: int, trunc: bool) -> dict[str, st
         "Mounts": ",".join(mount[:14] + "…" if trunc and len(mount) > 15 else mount for mount in mounts),
         "LocalVolumes": str(sum(not mount.startswith("/") for mount in mounts)),
         "Networks": ",".join(texts(container, "networks")),
-        "Size": size,
     }
 
 

@@ -114,7 +114,7 @@ def _follow(connection: Connection, serial: int, items: _Items) -> dict[str, obj
 
 def create(options: Options) -> int:
     try:
-        spec = _spec(options, True)
+        spec = _spec(options, False)
         cidfile = _CidFile(options.text("cidfile"))
         connection = connect(options)
     except CliError as error:
@@ -151,7 +151,7 @@ def run(options: Options) -> int:
         print(items.container or text(result, "id"))
         return 0
     stdin, stdout, stderr = _streams(options)
-    _need_terminal(tty, stdin, 125)
+    _need_terminal(tty, stdin, 1)
     session = Foreground(
         lambda: connect(options), tty=tty, stdin=stdin, proxy=options.flag("sig-proxy", True),
         detach_keys=_detach_keys(options), on_item=items,

@@ -48,7 +48,7 @@ def document(
         "Os": platform.os,
         "Size": size_bytes,
         "VirtualSize": size_bytes,
-        "GraphDriver": {"Name": "overlay2" if driver == "overlayfs" else driver, "Data": data},
+        "GraphDriver": {"Name": driver, "Data": data},
         "RootFS": {"Type": "layers", "Layers": list(diff_ids)},
         "Metadata": {"LastTagTime": manifest.rfc3339(image.stored_at_ns)},
     }
