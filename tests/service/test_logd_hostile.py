@@ -12,6 +12,7 @@ import trio
 from tests.service.test_logd_service import ID, Container, read_all, stack
 
 from pyx_bus.contract import logd
+from pyx_bus.contract.base import Retain
 from pyx_logd.clients import Client
 from pyx_logd.drivers.json_file import JsonFile
 from pyx_logd.frames import raw
@@ -111,3 +112,10 @@ async def test_rotations_while_the_tail_is_looked_for(tmp_path: Path, monkeypatc
     client.close()
     await driver.aclose()
     assert (await read_all(read_end)).split() == [b"%d" % number for number in range(22, 60)]
+
+
+async def test_what_is_no_log_is_left_alone(tmp_path: Path) -> None:
+    async with stack(tmp_path) as s:
+        (s.root / "lost+found").mkdir()
+        released = await s.bus.call(logd.RETAIN, Retain(container_ids=[], before_ns=1 << 62))
+        assert released.container_ids == [] and (s.root / "lost+found").is_dir()

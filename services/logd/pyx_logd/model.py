@@ -38,9 +38,13 @@ class JsonFileOptions:
     max_files: int = 1
 
 
+def is_container_id(value: str) -> bool:
+    return _ID.fullmatch(value) is not None
+
+
 def container_id(value: str) -> ContainerID:
     """The ID if it can be a directory's name, else invalid_argument: nothing a peer sends ever leaves logd's directory."""
-    if not _ID.fullmatch(value):
+    if not is_container_id(value):
         raise InvalidArgument(f'invalid container ID: "{value}"')
     return ContainerID(value)
 

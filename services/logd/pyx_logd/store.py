@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from .model import ContainerID
+from .model import ContainerID, is_container_id
 
 _TRASH = ".trash-"
 
@@ -41,7 +41,8 @@ class Store:
         return self._root / container
 
     def containers(self) -> list[ContainerID]:
-        return [ContainerID(entry.name) for entry in os.scandir(self._root) if entry.is_dir() and not entry.name.startswith(".")]
+        """Whose logs are here. What can't be a container's directory isn't ours: ``lost+found`` of a file system of its own."""
+        return [ContainerID(entry.name) for entry in os.scandir(self._root) if entry.is_dir() and is_container_id(entry.name)]
 
     def load(self, container: ContainerID) -> Meta | None:
         """None: there's no log. A log whose description was lost in a crash of the host is taken for an ordinary one."""
