@@ -21,6 +21,7 @@ from .store import Store
 
 async def setup(context: Context) -> Service:
     """Build the engine, recover, and register the methods."""
+    context.root.chmod(0o700)  # environments are in the database, and people put secrets there
     engine = Engine(context, Store(context.root / "containers.db"))
     context.exit_stack.callback(engine.close)
     engine.bundles.mkdir(parents=True, exist_ok=True)
