@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,3 +114,40 @@ def test_what_does_not_get_ready_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     finally:
         stack.pyx("system", "down", check=True)
     assert not stack.leftovers()
+
+
+_A_SIGNAL_IN_THE_MOMENT_OF_THE_FORK = """
+import os, pathlib, signal, sys, time
+from pyx_cli import supervisor
+
+fork = os.fork
+def fork_and_signal():
+    pid = fork()
+    if pid:
+        os.kill(pid, signal.SIGTERM)
+    else:
+        time.sleep(0.2)  # it arrives while the child still is what its parent is
+    return pid
+os.fork = fork_and_signal
+
+stack = supervisor.Stack(sys.argv[1], sys.argv[1])
+stack._take_lock()
+one = supervisor.Supervisor(stack, to_files=False)
+one._wakeup = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+signal.set_wakeup_fd(one._wakeup[1], warn_on_full_buffer=False)
+for number in supervisor._HANDLED:
+    signal.signal(number, lambda *_: None)
+child = supervisor._Child("patient", "signal", "pause")
+one._children = [child]
+one._start(child)
+deadline = time.monotonic() + 10
+while child.pid and time.monotonic() < deadline:
+    one._wait(deadline)
+print(child.pid == 0, one._stopping)
+"""
+
+
+def test_a_service_stopped_in_the_moment_of_its_start_ends_alone(tmp_path: Path) -> None:
+    arguments = [sys.executable, "-c", _A_SIGNAL_IN_THE_MOMENT_OF_THE_FORK, str(tmp_path)]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=30)
+    assert done.stdout.split() == ["True", "False"], done.stderr
