@@ -5,11 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOCK := requirements.lock
 
-.PHONY: help run test check bench deps clean lock
+.PHONY: help run test test-host check bench deps clean lock
 
 help:
 	@echo 'make run    start the stack and run a first container'
 	@echo 'make test   every check and every test'
+	@echo 'make test-host  pyx under systemd on a cgroup v2 host, in a virtual machine (four minutes)'
 	@echo 'make check  the checks alone: ruff, mypy, import rules'
 	@echo 'make bench  the benchmarks, beside docker and podman where installed'
 
@@ -37,6 +38,10 @@ check: $(BIN)/pyx
 test: check
 	@deploy/install-packages run test
 	$(BIN)/pytest
+
+test-host: $(BIN)/pyx
+	@deploy/install-packages run host
+	$(BIN)/pytest tests/host -s
 
 bench: deps $(BIN)/pyx
 	$(BIN)/python -m benchmarks

@@ -49,7 +49,7 @@ mount -o ro /dev/vdb /opt
 sh /host/run >/host/output 2>&1
 echo $? >/host/status
 sync
-systemctl poweroff --force --force
+systemctl poweroff
 """
 INIT = """\
 #!/bin/busybox sh

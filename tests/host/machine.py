@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,20 +22,22 @@ CPUS = 2
 
 @dataclass(frozen=True)
 class Outcome:
-    """``status`` is the script's, or None if the machine never said (``console`` may say why)."""
+    """``status`` is the script's, or None if the machine never said (``console`` may say why). ``shutdown_s``: from the script's end to
+    the machine's."""
 
     status: int | None
     output: str
     console: str
     share: Path
     duration_s: float
+    shutdown_s: float
 
 
-def run(directory: Path, files: list[Path], *, timeout_s: float, tick: Callable[[], None] = lambda: None) -> Outcome:
+def run(directory: Path, files: list[Path], *, timeout_s: float) -> Outcome:
     """Start a machine with ``files`` in a directory it shares with us, where it executes ``run``; wait for its end.
 
-    In the machine that directory is /host, and /opt/pyx is what ``payload.py`` made. ``tick`` is called about once a second. Whatever
-    is written to /host is in ``share`` afterwards. After ``timeout_s`` the machine is killed.
+    In the machine that directory is /host, and /opt/pyx is what ``payload.py`` made. Whatever is written to /host is in ``share``
+    afterwards. After ``timeout_s`` the machine is killed.
     """
     share = directory / "share"
     share.mkdir(parents=True)
@@ -61,15 +61,13 @@ def run(directory: Path, files: list[Path], *, timeout_s: float, tick: Callable[
     with open(console, "wb") as out:
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
         try:
-            while process.poll() is None and time.monotonic() < began + timeout_s:
-                try:
-                    process.wait(1)
-                except subprocess.TimeoutExpired:
-                    tick()
+            process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            pass
         finally:
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
+            process.kill()
+            process.wait()
+    ended = time.time()
     status = share / "status"
     return Outcome(
         status=int(status.read_text()) if status.exists() else None,
@@ -77,4 +75,5 @@ def run(directory: Path, files: list[Path], *, timeout_s: float, tick: Callable[
         console=console.read_text(errors="replace"),
         share=share,
         duration_s=time.monotonic() - began,
+        shutdown_s=ended - status.stat().st_mtime if status.exists() else 0.0,
     )

@@ -356,6 +356,11 @@ def check_containers_outlive_the_stack() -> None:
 
 def _left(stopped: bool) -> list[str]:
     found = [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if "/run/pyx/" in line or "/var/lib/pyx/" in line]
+    for name in SERVICES:  # some have mount namespaces of their own, where a mount could be kept
+        pid = run("systemctl", "show", "-P", "MainPID", f"pyx-{name}").strip()
+        if pid != "0":
+            lines = Path(f"/proc/{pid}/mountinfo").read_text().splitlines()
+            found += [f"{name}: {line}" for line in lines if "/bundles/" in line or "nsfs" in line]
     groups = [path for path in CGROUPS.glob("pyx/**") if path.name not in ("pyx", "warm", "shims") or stopped]
     found += [str(path) for path in groups]
     links = [name for name in os.listdir("/sys/class/net") if name != "lo" and (stopped or name != "pyx0")]
@@ -392,6 +397,16 @@ def check_nothing_was_logged_that_shouldnt_be() -> None:
     assert not bad, bad
     denied = [line for line in run("journalctl", "-b", "--no-pager", "-k").splitlines() if "seccomp" in line or "BUG" in line]
     assert not denied, denied
+
+
+def check_containers_run_when_the_host_shuts_down() -> None:
+    """What comes of them, test_host.py sees: after this the machine is powered off as any host is."""
+    run("systemctl", "start", "pyx.target")
+    wait_for(all_serve, "every service back")
+    script = "trap 'echo bye >/host/stopped; exit' TERM; echo up >/host/stopped; while :; do sleep 0.1; done"
+    pyx("run", "-d", "-v", "/host:/host", "busybox", "sh", "-c", script)
+    pyx("run", "-d", "busybox", "sleep", "100000")  # deaf to SIGTERM, as any first process without a handler
+    wait_for(lambda: (HOST / "stopped").exists(), "its first sign")
 
 
 CHECKS = [(name.removeprefix("check_"), value) for name, value in list(globals().items()) if name.startswith("check_")]
