@@ -83,10 +83,10 @@ def fetch(port: int) -> str:
 def web(name: str = "web") -> Iterator[int]:
     """A container that serves a page of a volume on the host's port 8080; yields its init's pid."""
     script = "echo hi >/www/index.html; echo started; exec httpd -f -h /www"
-    pyx("run", "-d", "--name", name, "-p", "8080:80", "-v", "data:/www", "busybox", "sh", "-c", script)
     try:
+        pyx("run", "-d", "--name", name, "-p", "8080:80", "-v", "data:/www", "busybox", "sh", "-c", script)
         yield int(inspect(name, "{{.State.Pid}}"))
-    finally:
+    finally:  # also of a container that couldn't be started
         pyx("rm", "-f", name)
         pyx("volume", "rm", "data")
 
