@@ -84,7 +84,7 @@ def image() -> Image:
     with open(target.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            with tempfile.TemporaryDirectory(prefix="host-", dir=cache_directory()) as scratch:
+            with tempfile.TemporaryDirectory(prefix="making-host-", dir=cache_directory()) as scratch:
                 _make(package, Path(scratch))
                 (Path(scratch) / "image").rename(target)
             for old in cache_directory().glob("host-*"):
