@@ -155,3 +155,39 @@ def test_killed_in_the_middle_of_many_runs_nothing_is_left(stack: Any) -> None:
         return found + [str(path) for path in (stack.root / "imaged/snapshots").iterdir()]
 
     wait_for(lambda: not traces(), 20, f"no mounts, bundles, snapshots; left: {traces()}")
+
+
+def test_events_go_on_over_a_restart_of_the_broker(stack: Any) -> None:
+    watcher = stack.popen("events", "--filter", "container=watched", "--format", "{{.Action}}", stdout=subprocess.PIPE)
+    try:
+        assert watcher.stdout is not None
+        stack.pyx("create", "--name", "watched", "busybox", "true", check=True)
+        assert watcher.stdout.readline() == b"create\n"
+        kill(stack, "busd")
+        stack.pyx("rm", "watched", check=True)
+        assert watcher.stdout.readline() == b"destroy\n"
+    finally:
+        watcher.kill()
+        watcher.wait(10)
+
+
+def test_output_goes_on_when_containerd_and_then_logd_were_replaced(stack: Any) -> None:
+    """The clients of a run are kept by its shim: whoever comes back finds them there."""
+    script = COUNTER.format(count=80, pause="0.05") + "; exit 6"
+    process = stack.popen("run", "--rm", "busybox", "sh", "-c", script, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"line 0\n"
+    kill(stack, "containerd")
+    kill(stack, "logd")
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 6
+    assert rest.decode().splitlines() == [f"line {i}" for i in range(1, 80)]
+
+
+def test_input_attached_at_a_later_start_ends_too(stack: Any) -> None:
+    stack.pyx("create", "-i", "--name", "reader", "busybox", "cat", check=True)
+    try:
+        done = stack.pyx("start", "-ai", "reader", input="hello\n", timeout=30)
+        assert (done.returncode, done.stdout) == (0, "hello\n")
+    finally:
+        stack.pyx("rm", "-f", "reader", check=True)

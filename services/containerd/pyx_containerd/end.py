@@ -161,16 +161,20 @@ async def step(engine: Engine, live: Live, name: str, action: Step) -> None:
 async def take_down(engine: Engine, live: Live, *, ran: bool) -> None:
     """Everything of a run that's still there: runtime state, cgroup, shim, bundle; of a failed start also root and network."""
     if ran:
-        await _drain(engine, live)  # first: those attached wait for the end of their output
-    live.close_clients()
+        await _drain(engine, live)
+        await _end_shim(live)  # before the rest: with it goes what it holds of those attached, who wait for the end of their output
     await step(engine, live, "runtime", lambda: _delete(engine, live, ran=ran))
     if not ran:
         unmount(engine, live)
         await _release(engine, live, network_steps(engine, live))
+        await _end_shim(live)
+    await step(engine, live, "bundle", lambda: _remove_bundle(engine, live))
+
+
+async def _end_shim(live: Live) -> None:
     if live.shim is not None:
         await live.shim.end()
         live.shim = None
-    await step(engine, live, "bundle", lambda: _remove_bundle(engine, live))
 
 
 async def _drain(engine: Engine, live: Live) -> None:

@@ -26,7 +26,6 @@ from .drivers.runtime import Runtime
 from .errors import ambiguous, name_taken, no_such_container
 from .model import Change, Container, State, next_state
 from .probe import Choice
-from .shim import close_all
 from .shims import Exit, Shim, Zygote
 from .store import Store
 
@@ -61,7 +60,6 @@ class Live:
     - ``removed``: its row is gone
     - ``hurry``: stop waiting for a slow reader of the last run's output
     - ``restarting``: its exit is the first half of a restart, and not its end
-    - ``clients``: write ends of those who were attached at the start; a restarted logd gets them again, and goes on where it was
     """
 
     record: Container
@@ -77,11 +75,6 @@ class Live:
     restarting: bool = False
     logged: trio.Event = field(default_factory=trio.Event)
     executions: dict[str, Execution] = field(default_factory=dict)
-    clients: list[int] = field(default_factory=list)
-
-    def close_clients(self) -> None:
-        """They see the end of the output once logd has closed its own copies, too."""
-        close_all(self.clients)
 
     @property
     def id(self) -> str:

@@ -231,9 +231,10 @@ async def _reopen_logs(engine: Engine) -> None:
                 engine.undone("streams", live.id, error)
                 continue
             try:
-                streams = {key: fd for key, fd in held.items() if key != "stdin"}
+                clients = [held[key] for key in sorted(held) if key.startswith(start.CLIENT)]
+                streams = {key: fd for key, fd in held.items() if key != "stdin" and not key.startswith(start.CLIENT)}
                 if streams:
-                    await start.open_log(engine, live, streams)
+                    await start.open_log(engine, live, streams, clients)
             except errors.BusError as error:
                 engine.log.error("logd refuses a running container's streams", container=live.id, error=error.message)
             finally:

@@ -15,8 +15,9 @@ A *shim* sits in its bundle directory (so every name it uses is relative and sho
 of the container's init once the OCI runtime, which it runs, has exited. It:
 
 - runs the runtime (``SPAWN`` for init and exec processes, ``RUNTIME`` for delete, pause, resume),
-- holds stdin's write end, the read ends of stdout and stderr, or the pty master, so that no reader's restart breaks a pipe; it never
-  holds an end whose closing the container or a reader waits for (stdout's write end), and never reads data,
+- holds stdin's write end, the read ends of stdout and stderr, or the pty master, so that no reader's restart breaks a pipe, and the
+  pipes of the clients attached from the start, for a restarted logd to go on with; it never holds an end whose closing the container
+  waits for (stdout's write end), and never reads data,
 - reaps, and writes init's exit status to ``exit`` in the bundle before telling anybody,
 - listens on ``shim.sock`` for a restarted containerd,
 - sends signals: as the parent it can't hit a reused PID.
@@ -327,6 +328,9 @@ class _Shim:
         operation.pid_file = pid_file
         stdio = [self.null, self.null, self.null]
         kept = names.split()
+        first_kept = 0 if tty == b"1" else 3
+        if len(fds) != first_kept + len(kept):
+            raise ValueError("wrong number of descriptors")
         if tty == b"1":
             operation.size = (int(rows), int(columns))
             self.counter += 1
@@ -341,18 +345,15 @@ class _Shim:
             self.consoles[listener.fileno()] = operation
             self.poll.register(listener.fileno(), select.POLLIN)
         else:
-            if len(fds) != 3 + len(kept):
-                raise ValueError("wrong number of descriptors")
             stdio = fds[:3]
         try:
             pid = self.execute(argv, stdio)
         except OSError:
             self.close_console(operation)
             raise
-        if tty != b"1":
-            for name, fd in zip(kept, fds[3:], strict=True):
-                operation.kept[name] = fd
-            del fds[3:]
+        for name, fd in zip(kept, fds[first_kept:], strict=True):
+            operation.kept[name] = fd
+        del fds[first_kept:]
         self.operations[pid] = operation
 
     def take_master(self, operation: _Operation) -> None:

@@ -280,7 +280,7 @@ class Shim:
             " ".join(kept).encode(),
             *(os.fsencode(argument) for argument in argv),
         ]
-        fds = () if stdio is None else (*stdio, *kept.values())
+        fds = (*(stdio or ()), *kept.values())
         result, masters = await self._request(wire.SPAWN, fields, fds, RUNTIME_TIMEOUT_S)
         master = masters.pop(0) if masters else -1
         wire.close_all(masters)
@@ -297,7 +297,7 @@ class Shim:
         return ShimState(int(fields[0]), int(fields[1]), fields[2].decode(), Exit("", code, signal, time_ns))
 
     async def descriptors(self, *, take_stdin: bool = False) -> dict[str, int]:
-        """Duplicates of what the shim holds (stdin, stdout, stderr or tty), yours. ``take_stdin``: it gives stdin away."""
+        """Duplicates of what the shim holds (stdin, stdout, stderr or tty, and clients), yours. ``take_stdin``: it gives stdin away."""
         names, fds = await self._request(wire.FDS, [b"take" if take_stdin else b""])
         return {name.decode(): fd for name, fd in zip(names, fds, strict=True)}
 

@@ -34,6 +34,7 @@ from .model import Change, Container, State
 from .shims import Exit, RuntimeFailed, Shim
 
 START_TIMEOUT_S = 120.0
+CLIENT = "client"  # what the shim calls the pipes of those who are attached from the start
 LOG_TIMEOUT_S = 10.0  # a restarting logd is waited for this long before a start is reported without it
 
 
@@ -85,14 +86,13 @@ async def _start(engine: Engine, live: Live, attach: contract.AttachOptions, cli
     live.record = msgspec.structs.replace(live.record, run=live.record.run + 1, runtime=runtime.name)
     try:
         await _prepare(engine, live)
-        pid, streams, given = await _spawn(engine, live, runtime, fds, attach)
-        live.clients = [os.dup(client) for client in clients]
+        pid, streams, given = await _spawn(engine, live, runtime, fds, attach, clients)
         _now_running(engine, live, pid)
         began = True
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(engine.store.update, live.record)
-                nursery.start_soon(open_log, engine, live, streams)
+                nursery.start_soon(open_log, engine, live, streams, clients)
         except* errors.BusError as group:
             # It runs, but its output can't go where it should: better no container than one whose log is silently missing.
             live.logged.set()
@@ -265,21 +265,27 @@ def _write_bundle(engine: Engine, live: Live, attach: contract.AttachOptions) ->
 
 
 async def _spawn(
-    engine: Engine, live: Live, runtime: Runtime, fds: Descriptors, attach: contract.AttachOptions
+    engine: Engine,
+    live: Live,
+    runtime: Runtime,
+    fds: Descriptors,
+    attach: contract.AttachOptions,
+    clients: Sequence[int],
 ) -> tuple[int, dict[str, int], int]:
     """Run the runtime. (pid, the streams for logd, the input for the client or -1); the descriptors belong to ``fds``."""
     assert live.shim is not None
     spec = live.record.spec
     _write_bundle(engine, live, attach)
     argv = runtime.run(live.id, tty=spec.tty)
+    kept = {f"{CLIENT}{number}": fd for number, fd in enumerate(clients)}
     try:
         if spec.tty:
-            pid, master = await live.shim.spawn("", argv, PID_FILE, stdio=None, size=(attach.rows, attach.columns))
+            pid, master = await live.shim.spawn("", argv, PID_FILE, stdio=None, kept=kept, size=(attach.rows, attach.columns))
             fds.own(master)
             return pid, {"tty": master}, master if attach.stdin else -1
         out_reader, out_writer = fds.pipe()
         err_reader, err_writer = fds.pipe()
-        kept = {"stdout": out_reader, "stderr": err_reader}
+        kept |= {"stdout": out_reader, "stderr": err_reader}
         given = -1
         if spec.open_stdin:
             reader, writer = fds.pipe()
@@ -314,7 +320,7 @@ def _now_running(engine: Engine, live: Live, pid: int) -> None:
     live.begins = trio.Event()
 
 
-async def open_log(engine: Engine, live: Live, streams: dict[str, int]) -> None:
+async def open_log(engine: Engine, live: Live, streams: dict[str, int], clients: Sequence[int]) -> None:
     """Give logd the streams, and those who are attached from the start.
 
     If it's away just now, the pipes wait for it: it gets them when it's back (recovery.py).
@@ -324,18 +330,15 @@ async def open_log(engine: Engine, live: Live, streams: dict[str, int]) -> None:
         container_id=live.id,
         run=live.record.run,
         streams=list(streams),
-        attached=len(live.clients),
+        attached=len(clients),
         driver=spec.log_driver or str(engine.context.config.get("log_driver", "json-file")),
         options=spec.log_options,
     )
-    clients = [os.dup(client) for client in live.clients]  # the run may end while logd is waited for, and the numbers be others'
     try:
         opened = await engine.bus.call(logd.OPEN, request, fds=[*streams.values(), *clients], timeout_s=LOG_TIMEOUT_S)
     except (errors.Unavailable, errors.DeadlineExceeded) as error:
         engine.log.warning("logd is away, the output waits in its pipes", container=live.id, error=error.message)
         return
-    finally:
-        shim.close_all(clients)
     live.logged.set()
     if opened.path != live.record.log_path:
         live.record = msgspec.structs.replace(live.record, log_path=opened.path)
