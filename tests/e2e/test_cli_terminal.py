@@ -143,4 +143,4 @@ def test_ctrl_c_without_a_terminal_inside_is_passed_on_as_a_signal(terminal: Sta
 
 def test_a_terminal_is_asked_for_where_there_is_none(stack: Any) -> None:
     done = stack.pyx("run", "--rm", "-it", "busybox", "true", input="")
-    assert (done.returncode, done.stderr) == (125, "pyx: the input device is not a TTY\n")
+    assert (done.returncode, done.stderr) == (1, "pyx: the input device is not a TTY\n")

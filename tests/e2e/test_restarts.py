@@ -158,7 +158,8 @@ def test_killed_in_the_middle_of_many_runs_nothing_is_left(stack: Any) -> None:
 
 
 def test_events_go_on_over_a_restart_of_the_broker(stack: Any) -> None:
-    watcher = stack.popen("events", "--filter", "container=watched", "--format", "{{.Action}}", stdout=subprocess.PIPE)
+    options = ["--since", "1m", "--filter", "container=watched", "--format", "{{.Action}}"]
+    watcher = stack.popen("events", *options, stdout=subprocess.PIPE)
     try:
         assert watcher.stdout is not None
         stack.pyx("create", "--name", "watched", "busybox", "true", check=True)
