@@ -159,7 +159,7 @@ def main() -> None:
     namespaced()
     wanted = options.engines.split(",")
     kinds = [kind for kind in (Pyx, Docker, Podman) if kind.name in wanted and kind.available()]
-    with tempfile.TemporaryDirectory(prefix="pyx-bench-") as name:
+    with tempfile.TemporaryDirectory(prefix="pyx-bench-", ignore_cleanup_errors=True) as name:
         directory = Path(name)
         image = directory / "busybox.tar"
         make_image(image)

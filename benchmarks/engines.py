@@ -48,11 +48,18 @@ def processes() -> dict[int, tuple[str, int]]:
 
 
 def remove_cgroups(name: str) -> None:
-    """The empty parents that an engine leaves in every hierarchy."""
+    """The parents that an engine leaves in every hierarchy, as soon as its last process has left them (10 s at most)."""
+    deadline = time.monotonic() + 10
     for directory in Path("/sys/fs/cgroup").glob(f"*/{name}"):
-        for child in sorted(directory.rglob("*/"), reverse=True):
-            child.rmdir()
-        directory.rmdir()
+        for child in [*sorted(directory.rglob("*/"), reverse=True), directory]:
+            while True:
+                try:
+                    child.rmdir()
+                    break
+                except OSError:
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.05)
 
 
 def unmount_below(directory: Path) -> None:

@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     namespaced("benchmarks.path")
-    with tempfile.TemporaryDirectory(prefix="pyx-path-") as name:
+    with tempfile.TemporaryDirectory(prefix="pyx-path-", ignore_cleanup_errors=True) as name:
         directory = Path(name)
         make_image(directory / "busybox.tar")
         engine = Pyx(directory)
