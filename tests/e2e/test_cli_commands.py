@@ -266,3 +266,14 @@ def test_without_a_stack(tmp_path: Path, stack: Any) -> None:
         f"pyx: cannot connect to the bus at {tmp_path}/bus.sock: is the stack running?\nhint: start it with: pyx system up --detach\n"
     )
     assert stack.pyx("--bus", str(tmp_path / "bus.sock"), "run", "busybox").returncode == 125
+
+
+def test_a_tail_of_a_busy_log_is_no_longer_than_asked(stack: Any) -> None:
+    script = "while :; do echo out; echo err >&2; done"
+    stack.pyx("run", "-d", "--name", "busy", "--log-opt", "max-size=1m", "busybox", "sh", "-c", script, check=True)
+    try:
+        for _ in range(10):
+            done = stack.pyx("logs", "--tail", "3", "busy", check=True)
+            assert len((done.stdout + done.stderr).splitlines()) <= 3
+    finally:
+        stack.pyx("rm", "-f", "busy", check=True)

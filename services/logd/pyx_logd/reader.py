@@ -89,10 +89,15 @@ class LogReader:
         self._segments = driver.segments()
         self._position = 0
         self._lost = False
+        self._following = False
         self._forget: Callable[[], None] = lambda: None
 
     def follow(self) -> None:
-        """Notice files that are begun from now on. Call it before anything else could run."""
+        """Go on with what is written from now on, to new files too; else it ends where the log ended when the reader was made.
+
+        Call it before anything else could run.
+        """
+        self._following = True
         self._forget = self._driver.on_rotate(self._rotated)
 
     def _rotated(self) -> None:
@@ -138,7 +143,7 @@ class LogReader:
                 return
             segment = self._segments[0]
             last = len(self._segments) == 1
-            if self._position >= segment.size_bytes:
+            if self._position >= segment.size_bytes and self._following:
                 segment.size_bytes = os.fstat(segment.fd).st_size  # a rotated file doesn't grow any more, but it did until it was
             if self._position >= segment.size_bytes:
                 if last:
