@@ -22,6 +22,7 @@ from pyx_bus.contract.base import Empty
 from pyx_containerd import kernel, start
 from pyx_containerd import shim as wire
 from pyx_containerd.shims import Shim
+from pyx_containerd.store import Store
 
 OUTPUT = c.AttachOptions(output=True)
 
@@ -179,6 +180,20 @@ async def test_a_failed_start_without_rm_stays_created(s):
     assert state["ExitCode"] == 127
     assert "nope" in state["Error"]
     assert s.holders.sandboxes == set()
+
+
+async def test_a_run_that_cannot_be_recorded_leaves_nothing(s, monkeypatch):
+    """Without a row a restart of the service would not know the container: rather none."""
+
+    async def full(self, container):
+        raise errors.ResourceExhausted("can't write the container store: database or disk is full")
+
+    monkeypatch.setattr(Store, "insert", full)
+    with pytest.raises(errors.ResourceExhausted):
+        await s.bus.call(c.RUN, c.RunContainer(spec=spec("sleep", "1000"), detach=True), timeout_s=30)
+    await wait_nothing_left(s.directory, s.context.prefix)
+    assert (await s.bus.call(c.LIST, c.ListContainers(all=True))).containers == []
+    assert s.holders.empty
 
 
 async def test_failures_of_others_leave_nothing(s):

@@ -203,11 +203,14 @@ async def run(
     with trio.CancelScope(shield=True):  # from here on it goes on without its caller
         failures: list[BaseException] = []
         given = -1
+        recorded = True
 
         async def insert() -> None:
+            nonlocal recorded
             try:
                 await engine.store.insert(msgspec.structs.replace(live.record, provisional=True))
             except errors.BusError as error:
+                recorded = False
                 failures.append(error)
 
         async with trio.open_nursery() as nursery:
@@ -218,7 +221,9 @@ async def run(
             except BaseException as error:
                 failures.append(error)
         if failures:
-            if spec.auto_remove and not live.removed.is_set():
+            if (spec.auto_remove or not recorded) and not live.removed.is_set():  # without a row it wouldn't outlive this process
+                if given >= 0:
+                    os.close(given)
                 await remove(engine, live, force=True, volumes=True)
             raise failures[0]
     return live, given
