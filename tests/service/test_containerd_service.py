@@ -363,8 +363,15 @@ async def test_exec_ends_with_its_container(s):
 
 
 async def test_stop_start_restart(s):
-    trap = "trap 'exit 9' TERM; trap 'exit 10' USR1; while :; do sleep 0.05; done"
+    trap = "trap 'exit 9' TERM; trap 'exit 10' USR1; touch /ready; while :; do sleep 0.05; done"
+
+    async def listens():
+        with trio.fail_after(10):
+            while (await exec_(s, "web", "rm", "/ready"))[0].exit_code:
+                await trio.sleep(0.02)
+
     await run_detached(s, "sh", "-c", trap, name="web")
+    await listens()
     first = (await inspect(s, "web"))["State"]["Pid"]
     await s.bus.call(c.STOP, c.StopContainer(container="web"))
     state = (await inspect(s, "web"))["State"]
@@ -372,8 +379,10 @@ async def test_stop_start_restart(s):
     assert s.holders.sandboxes == set()
     await s.bus.call(c.STOP, c.StopContainer(container="web"))  # does nothing
     await s.bus.call(c.START, c.StartContainer(container="web"))
+    await listens()
     await s.bus.call(c.START, c.StartContainer(container="web"))  # does nothing
     await s.bus.call(c.RESTART, c.StopContainer(container="web"))
+    await listens()
     state = (await inspect(s, "web"))["State"]
     assert state["Status"] == "running"
     assert state["Pid"] != first

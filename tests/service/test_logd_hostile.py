@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections import Counter
 from pathlib import Path
@@ -21,12 +22,6 @@ from pyx_logd.reader import LogReader, Selection
 from pyx_logd.window import READ_MAX_BYTES, Window
 
 
-async def write_all(fd: int, data: bytes) -> None:
-    async with trio.lowlevel.FdStream(os.dup(fd)) as stream:
-        await stream.send_all(data)
-    os.set_blocking(fd, True)
-
-
 async def test_empty_lines_are_read_in_small_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each becomes a record of 70 bytes: a full read of them would hold everybody else up for 40 ms."""
     limits: Counter[int] = Counter()
@@ -39,9 +34,9 @@ async def test_empty_lines_are_read_in_small_pieces(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Window, "read", counted)
     async with stack(tmp_path) as s:
         container = Container(s)
-        os.set_blocking(container.out, False)
+        fcntl.fcntl(container.out, fcntl.F_SETPIPE_SZ, 1 << 20)
+        os.write(container.out, b"\n" * 400_000)  # all there before the first read: reads are as large as they may be
         await container.open()
-        await write_all(container.out, b"\n" * 400_000)
         await container.end()
         assert len((s.root / ID / f"{ID}-json.log").read_bytes().splitlines()) == 400_000
     assert min(limits) < READ_MAX_BYTES

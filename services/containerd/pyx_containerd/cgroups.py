@@ -6,13 +6,16 @@ import trio
 
 from . import kernel
 
+GIVE_UP_S = 10.0
+
 
 async def clear(path: str) -> None:
-    """Kill what is in a cgroup and remove it. Its processes need a moment to be gone, hence the few attempts."""
+    """Kill what is in a cgroup and remove it; what can't be killed within ``GIVE_UP_S`` (stuck in the kernel) is left."""
     pause = 0.001
-    while kernel.cgroup_directories(path):
-        kernel.kill_cgroup(path)
-        if kernel.remove_cgroup(path) or pause > 1:
-            return
-        await trio.sleep(pause)
-        pause *= 2
+    with trio.move_on_after(GIVE_UP_S):
+        while kernel.cgroup_directories(path):
+            kernel.kill_cgroup(path)
+            if kernel.remove_cgroup(path):
+                return
+            await trio.sleep(pause)
+            pause = min(0.2, pause * 2)

@@ -90,7 +90,7 @@ async def _take_up(engine: Engine, live: Live, has_bundle: bool) -> None:
         engine.background(end.ended, engine, live, exit_)
     elif has_bundle or record.provisional:
         live.clean = trio.Event()
-        if record.provisional:  # what others hold for it they release when they're told who lives
+        if record.provisional:
             engine.cleaning[live.id] = live
             engine.forget(live)
             await engine.store.delete(live.id)
@@ -114,7 +114,11 @@ def _mark_running(engine: Engine, live: Live, pid: int, record: Container) -> No
 
 async def _clean(engine: Engine, live: Live) -> None:
     await end.take_down(engine, live, ran=True)
-    engine.cleaning.pop(live.id, None)
+    if live.id in engine.cleaning:  # a run nobody was told of: while it was cleaned up the others were told that it lives
+        for name, action in (*end.network_steps(engine, live), *end.removal_steps(engine, live, volumes=True)):
+            await end.step(engine, live, name, action)
+        await end.step(engine, live, "log", lambda: engine.bus.call(logd.REMOVE, logd.RemoveLog(container_id=live.id)))
+        del engine.cleaning[live.id]
     live.clean.set()
 
 
