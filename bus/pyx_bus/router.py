@@ -9,6 +9,7 @@ a caller leaves, its calls are cancelled at the services; when a service leaves,
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from msgpack import packb, unpackb
@@ -50,7 +51,7 @@ MAX_SUBSCRIPTIONS_PER_PEER = 64
 MAX_PATTERNS = 64
 
 
-class Peer:
+class Peer(ABC):
     """One connection as the router sees it. ``uid``, ``gid`` and ``pid`` are the kernel's word (SO_PEERCRED)."""
 
     __slots__ = ("calls", "gid", "id", "incoming", "lost", "name", "pid", "publisher", "service", "subscriptions", "uid")
@@ -68,16 +69,18 @@ class Peer:
         self.subscriptions: dict[int, list[str]] = {}
         self.lost: dict[int, tuple[int, int, int]] = {}  # subscription → (count, first, last) not delivered
 
+    @abstractmethod
     def send(self, data: bytes, fds: list[int] | None = None) -> None:
         """Queue bytes for this peer; ``fds`` are closed once they're sent."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def queued_bytes(self) -> int:
-        raise NotImplementedError
+        """What the peer hasn't taken yet."""
 
+    @abstractmethod
     def disconnect(self, reason: str) -> None:
-        raise NotImplementedError
+        """End the connection."""
 
 
 class Service:

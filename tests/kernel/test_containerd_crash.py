@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import trio
@@ -24,12 +25,15 @@ from pyx_bus.service import stack_prefix
 class Process:
     """pyx-containerd as its own process against the test's broker."""
 
+    started: ClassVar[list[subprocess.Popen[bytes]]] = []
+
     def __init__(self, directory: Path, bus: Path) -> None:
         environment = {"PYX_RUN": str(directory / "run"), "PYX_ROOT": str(directory / "root"), "PYX_BUS": str(bus)}
         self.log = open(directory / "containerd.log", "ab")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pyx_containerd"], env={**os.environ, **environment}, stderr=self.log, stdin=subprocess.DEVNULL
         )
+        self.started.append(self.process)
 
     async def ready(self, bus, within_s=15):
         with trio.fail_after(within_s):
@@ -49,6 +53,16 @@ class Process:
 async def remove_all(s):
     for row in (await s.bus.call(c.LIST, c.ListContainers(all=True), timeout_s=10)).containers:
         await s.bus.call(c.REMOVE, c.RemoveContainer(container=row.id, force=True), timeout_s=20)
+
+
+@pytest.fixture(autouse=True)
+def no_process_left():
+    """A test that fails in the middle must not leave its containerd to the host."""
+    yield
+    while Process.started:
+        process = Process.started.pop()
+        process.kill()
+        process.wait()
 
 
 def spec(*command, **fields):
