@@ -325,7 +325,6 @@ async def test_an_exec_s_exit_is_told_before_its_container_s(box):
 
     Without a PID namespace: with one the kernel itself lets init end last.
     """
-    await box.fork()
     write = box.write
 
     def in_the_host_s_namespace(*args):
