@@ -141,34 +141,6 @@ class Run(Frame):
         self.first = first
 
 
-def encode(self) -> bytes:
-        return encode(self.kind, self.route, self.body, self.peer, self.serial, self.arg, len(self.fds), self.flags)
-
-    def __repr__(self) -> str:
-        kind = KIND_NAMES.get(self.kind, str(self.kind))
-        return f"<{kind} {self.route!r} peer={self.peer} serial={self.serial} arg={self.arg} body={len(self.body)} fds={self.fds}>"
-
-
-class Run:
-    """PUBLISH frames that came one after the other, with sequence numbers that do too: one slice of what was read.
-
-    ``frames`` are (where the frame begins in ``data``, where its payload begins, where it ends).
-    """
-
-    __slots__ = ("data", "first_sequence", "frames", "last_sequence")
-    kind = PUBLISH
-    fds: tuple[int, ...] = ()
-
-    def __init__(self, data: bytes, frames: list[tuple[int, int, int]], first_sequence: int, last_sequence: int) -> None:
-        self.data = data
-        self.frames = frames
-        self.first_sequence = first_sequence
-        self.last_sequence = last_sequence
-
-    def __repr__(self) -> str:
-        return f"<PUBLISH x {len(self.frames)} arg={self.first_sequence}..{self.last_sequence} body={len(self.data)}>"
-
-
 def encode(
     kind: int, route: bytes, body: bytes, peer: int = 0, serial: int = 0, arg: int = 0, fds: int = 0, flags: int = 0
 ) -> bytes:
