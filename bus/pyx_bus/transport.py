@@ -48,20 +48,29 @@ def close_fds(fds: Sequence[int]) -> None:
 class Transport:
     """Frames over one connected, non-blocking unix stream socket.
 
-    ``queued_bytes`` is what the kernel hasn't taken yet; the owner sets the bound and decides what happens beyond it.
+    ``queued_bytes`` is what the kernel hasn't taken yet; the owner sets the bound and decides what happens beyond it. ``buffer`` is
+    where reads go first: whoever serves thousands of sockets in one thread lets them share one. ``runs``: see ``Decoder``.
     """
 
-    __slots__ = ("_buffer", "_view", "closed", "decoder", "fd", "queue", "queued_bytes", "sock")
+    __slots__ = ("_buffer", "_view", "bytes_in", "closed", "decoder", "fd", "queue", "queued_bytes", "sock")
 
-    def __init__(self, sock: _socket.socket, *, first_frame_limit: int = MAX_FRAME) -> None:
+    def __init__(
+        self,
+        sock: _socket.socket,
+        *,
+        first_frame_limit: int = MAX_FRAME,
+        runs: bool = False,
+        buffer: bytearray | None = None,
+    ) -> None:
         sock.setblocking(False)
         self.sock = sock
         self.fd = sock.fileno()
-        self.decoder = Decoder(first_frame_limit)
+        self.decoder = Decoder(first_frame_limit, runs=runs)
         self.queue: list[Chunk] = []
         self.queued_bytes = 0
         self.closed = False
-        self._buffer = bytearray(READ_SIZE)
+        self.bytes_in = 0
+        self._buffer = bytearray(READ_SIZE) if buffer is None else buffer
         self._view = memoryview(self._buffer)
 
     def receive(self) -> list[Frame] | None:
@@ -82,6 +91,7 @@ class Transport:
         if not size:
             close_fds(fds or ())
             return None
+        self.bytes_in += size
         return self.decoder.feed(bytes(self._view[:size]), fds)
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> bool:

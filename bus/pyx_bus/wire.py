@@ -265,8 +265,10 @@ class Decoder:
     def _run(self, data: bytes, start: int, end: int, frames: list[Frame]) -> int:
         """Take the PUBLISH frames from ``start`` on, the first of which is known to be whole and good. Where they end."""
         unpack = HEADER.unpack_from
-        found = []
+        found: list[tuple[int, int, int]] = []
         add = found.append
+        size: int
+        route_size: int
         size, _, _, _, route_size, _, _, first = unpack(data, start)
         last = first
         offset = 0  # from here on from the start of the run
