@@ -36,7 +36,9 @@ class Filter:
 
     def __init__(self, patterns: list[str], filters: dict[str, list[str]] | None = None) -> None:
         self.patterns = patterns
-        self.wanted = [(field.removesuffix("!"), field.endswith("!"), values) for field, values in (filters or {}).items()]
+        self.wanted = [
+            (field.removesuffix("!"), field.endswith("!"), values) for field, values in (filters or {}).items()
+        ]
 
     @property
     def everything(self) -> bool:
@@ -70,7 +72,7 @@ class Filter:
         """Whether an event for which ``topic`` gave None passes."""
         try:
             event = unpackb(raw)
-            actor, attributes = str(event["id"]), event["attributes"] if "attributes" in event else {}
+            actor, attributes = str(event["id"]), event.get("attributes", {})
             return all(
                 _holds(field, values, topic, actor, attributes) != negated
                 for field, negated, values in self.wanted
@@ -120,7 +122,9 @@ def parse(patterns: object, filters: object) -> Filter:
         raise errors.InvalidArgument("filters are a map of field to values")
     for field, values in filters.items():
         if not isinstance(field, str) or field.removesuffix("!") not in FIELDS:
-            raise errors.InvalidArgument(f"unknown filter {field!r}", hint=f"known: {', '.join(FIELDS)}, each also with ! behind it")
+            raise errors.InvalidArgument(
+                f"unknown filter {field!r}", hint=f"known: {', '.join(FIELDS)}, each also with ! behind it"
+            )
         if (
             not isinstance(values, list)
             or not 0 < len(values) <= MAX_VALUES

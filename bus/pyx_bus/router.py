@@ -1,7 +1,7 @@
-"""The broker's decisions, without I/O: who gets a frame, what happens when a peer comes, goes, or sends nonsense.
+"""The broker's decisions on calls, without I/O: who gets a frame, what happens when a peer comes, goes, or sends nonsense.
 
-The router never decodes the body of a call or an answer; an event, which it keeps, it only checks for being a map. Connections are
-``Peer`` objects; frames for one are handed to its ``send``, and the I/O side flushes them afterwards.
+The router never decodes the body of a call or an answer. Connections are ``Peer`` objects; frames for one are handed to its ``send``,
+and the I/O side flushes them afterwards. Events are next door (``events``).
 
 Answers are matched to calls: a service can only answer what it was asked, under the caller's connection and serial number. When
 a caller leaves, its calls are cancelled at the services; when a service leaves, its callers get ``unavailable``.
@@ -9,24 +9,25 @@ a caller leaves, its calls are cancelled at the services; when a service leaves,
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 
-from msgpack import packb, unpackb
+from msgpack import packb
 
 from . import __version__, errors
-from .journal import Journal
+from .events import Events, unpack_map
+from .metrics import MethodCounters
+from .peers import Peer
+from .roles import MONITOR, User
+from .transport import close_fds
 from .wire import (
     ACK,
     CALL,
     CANCEL,
     CREDIT,
     ERROR,
-    EVENT,
-    GAP,
+    FLAG_MONITOR,
     HELLO,
     ITEM,
-    MAX_EVENT,
     MAX_FRAME,
     PING,
     PONG,
@@ -39,95 +40,85 @@ from .wire import (
     WELCOME,
     Frame,
     ProtocolError,
+    Run,
     encode,
-    topic_matches,
 )
 
-# What waits for a peer that doesn't read. Beyond it a subscriber loses events (and is told how many), a service gets no more calls,
-# and a caller that doesn't take its answers is disconnected.
+# What waits for a peer that doesn't read. Beyond it a service gets no more calls, and a caller that doesn't take its answers is
+# disconnected. Events have a bound of their own.
 MAX_QUEUED_BYTES = 8 << 20
 MAX_CALLS_PER_PEER = 4096
-MAX_SUBSCRIPTIONS_PER_PEER = 64
-MAX_PATTERNS = 64
-
-
-class Peer(ABC):
-    """One connection as the router sees it. ``uid``, ``gid`` and ``pid`` are the kernel's word (SO_PEERCRED)."""
-
-    __slots__ = ("calls", "gid", "id", "incoming", "lost", "name", "pid", "publisher", "service", "subscriptions", "uid")
-
-    def __init__(self, uid: int, gid: int, pid: int) -> None:
-        self.uid = uid
-        self.gid = gid
-        self.pid = pid
-        self.id = 0
-        self.name = ""
-        self.publisher = ""
-        self.service = ""
-        self.calls: dict[int, Peer] = {}  # my open calls: serial → the service that has it
-        self.incoming: set[tuple[int, int]] = set()  # calls I have as a service: (caller's ID, serial)
-        self.subscriptions: dict[int, list[str]] = {}
-        self.lost: dict[int, tuple[int, int, int]] = {}  # subscription → (count, first, last) not delivered
-
-    @abstractmethod
-    def send(self, data: bytes, fds: list[int] | None = None) -> None:
-        """Queue bytes for this peer; ``fds`` are closed once they're sent."""
-
-    @property
-    @abstractmethod
-    def queued_bytes(self) -> int:
-        """What the peer hasn't taken yet."""
-
-    @abstractmethod
-    def disconnect(self, reason: str) -> None:
-        """End the connection."""
+MAX_METHODS = 512
+MAX_NAME_BYTES = 64
+# Of the broker's own methods, which change something:
+_CHANGING = frozenset({b"bus.forget"})
 
 
 class Service:
-    """A registered name."""
+    """A registered name. ``methods``: verb → whether a monitor may call it; None if it didn't say."""
 
-    __slots__ = ("peer", "since_ns", "version")
+    __slots__ = ("counters", "methods", "peer", "since_ns", "version")
 
-    def __init__(self, peer: Peer, since_ns: int, version: str) -> None:
+    def __init__(self, peer: Peer, since_ns: int, version: str, methods: dict[bytes, bool] | None) -> None:
         self.peer = peer
         self.since_ns = since_ns
         self.version = version
+        self.methods = methods
+        self.counters: dict[bytes, MethodCounters] = {}
 
 
 class Router:
-    """``now_ns`` is the wall clock; ``journal`` keeps the events and hands out their offsets."""
+    """``now_ns`` is the wall clock, ``monotonic_ns`` the one calls are timed with."""
 
-    def __init__(self, journal: Journal, now_ns: Callable[[], int]) -> None:
-        self.journal = journal
+    def __init__(self, events: Events, now_ns: Callable[[], int], monotonic_ns: Callable[[], int]) -> None:
+        self.events = events
         self.now_ns = now_ns
+        self.monotonic_ns = monotonic_ns
         self.peers: dict[int, Peer] = {}
-        self.services: dict[str, Service] = {}
-        self._service_keys: dict[bytes, Peer] = {}
+        self.users: dict[int, User] = {}
+        self.services: dict[bytes, Service] = {}
+        self._counters: dict[bytes, MethodCounters] = {}  # by method; they outlive the service's connection
         self._next_id = 0
-        self._published: dict[str, int] = {}
-        self.calls_total = 0
-        self.events_dropped = 0
         self.refused = 0
         self.protocol_errors = 0
+
+    def user(self, uid: int) -> User:
+        """The account of a user, made when it's first needed."""
+        found = self.users.get(uid)
+        if found is None:
+            found = self.users[uid] = User(uid)
+        return found
 
     def add(self, peer: Peer) -> None:
         self._next_id += 1
         peer.id = self._next_id
+        peer.user.connections += 1
         self.peers[peer.id] = peer
 
     def drop(self, peer: Peer) -> None:
         """The connection is gone: free its name, fail its callers, cancel its calls."""
         if self.peers.pop(peer.id, None) is None:
             return
+        for subscription_id in list(peer.subscriptions):
+            self.events.unsubscribe(peer, subscription_id)
+        if peer.publisher:
+            self.events.forget_publisher(peer.publisher)
         if peer.service:
             self._unregister(peer)
         for caller_id, serial in peer.incoming:
             caller = self.peers.get(caller_id)
-            if caller is not None and caller.calls.pop(serial, None) is peer:
+            if caller is not None and serial in caller.calls:
+                self._close_call(caller, serial).errors += 1
                 self._error(caller, serial, errors.Unavailable(f"{peer.service} went away during the call"))
-        for serial, service in peer.calls.items():
+        for serial in list(peer.calls):
+            service = peer.calls[serial][0]
+            self._close_call(peer, serial).cancelled += 1
             service.incoming.discard((peer.id, serial))
             service.send(encode(CANCEL, b"", b"", peer.id, serial))
+        user = peer.user
+        user.connections -= 1
+        if not user.connections:
+            self.users.pop(user.uid, None)
 
     def receive(self, peer: Peer, frame: Frame) -> None:
         """Handle one frame. Takes the frame's descriptors over. Raises ``ProtocolError``: the peer is to be disconnected."""
@@ -143,14 +134,20 @@ class Router:
         elif kind in (RESULT, ERROR, ITEM):
             self._answer(peer, frame)
         elif kind == PUBLISH:
-            self._publish(peer, frame)
+            if not isinstance(frame, Run):
+                raise ProtocolError(f"{frame!r} can't carry descriptors")
+            self.events.publish(peer, frame)
         elif kind in (CANCEL, CREDIT):
             self._pass_on(peer, frame)
         elif kind == SUBSCRIBE:
-            self._subscribe(peer, frame)
+            try:
+                self.events.subscribe(peer, frame)
+            except errors.BusError as error:
+                self._error(peer, frame.serial, error)
         elif kind == UNSUBSCRIBE:
-            peer.subscriptions.pop(frame.peer, None)
-            peer.lost.pop(frame.peer, None)
+            self.events.unsubscribe(peer, frame.peer)
+        elif kind == ACK:
+            self.events.acknowledge(peer, frame)
         elif kind == REGISTER:
             self._register(peer, frame)
         elif kind == HELLO:
@@ -163,21 +160,28 @@ class Router:
     # --- connections -------------------------------------------------------------------------------------------------
 
     def _hello(self, peer: Peer, frame: Frame) -> None:
-        body = _map(frame)
+        body = unpack_map(frame)
         newest, oldest = body.get("version"), body.get("oldest", body.get("version"))
         if not isinstance(newest, int) or not isinstance(oldest, int) or peer.name:
             raise ProtocolError("bad HELLO")
         if not oldest <= PROTOCOL_VERSION <= newest:
-            raise ProtocolError(f"no common protocol version: you speak {oldest} to {newest}, this broker {PROTOCOL_VERSION}")
-        peer.name = str(body.get("name") or "client")[:64]
-        peer.publisher = str(body.get("publisher") or "")[:64]
+            raise ProtocolError(
+                f"no common protocol version: you speak {oldest} to {newest}, this broker {PROTOCOL_VERSION}"
+            )
+        peer.name = _short(body.get("name")) or "client"
+        peer.source = peer.name.encode()
+        if publisher := _short(body.get("publisher")):
+            # By user, so that nobody can use up another's sequence numbers.
+            peer.publisher = f"{peer.uid}:{publisher}".encode()
         welcome = {
             "version": PROTOCOL_VERSION,
             "connection": peer.id,
-            "bus": self.journal.id,
-            "next_offset": self.journal.next_offset,
+            "bus": self.events.journal.id,
+            "next_offset": self.events.journal.next_offset,
             "max_frame": MAX_FRAME,
             "software": f"pyx/{__version__}",
+            "role": peer.role,
+            "uid": peer.uid,
         }
         peer.send(encode(WELCOME, b"", packb(welcome)))
 
@@ -185,75 +189,140 @@ class Router:
         name = frame.route.decode("ascii", "replace")
         if not name.isalnum() or name == "bus" or peer.service:
             return self._error(peer, frame.serial, errors.InvalidArgument(f'cannot register the name "{name}"'))
-        if name in self.services:
-            holder = self.services[name].peer
+        if peer.may_be not in ("*", name):
+            return self._error(
+                peer,
+                frame.serial,
+                errors.PermissionDenied(f'user {peer.uid} may not register "{name}"', hint=f"only pyx-{name} may"),
+            )
+        if frame.route in self.services:
+            holder = self.services[frame.route].peer
             return self._error(
                 peer, frame.serial, errors.AlreadyExists(f'"{name}" is already registered by process {holder.pid}')
             )
+        body = unpack_map(frame)
+        methods = body.get("methods")
+        if methods is not None and (
+            not isinstance(methods, dict)
+            or len(methods) > MAX_METHODS
+            or not all(isinstance(verb, str) and isinstance(open_, bool) for verb, open_ in methods.items())
+        ):
+            return self._error(
+                peer, frame.serial, errors.InvalidArgument(f"methods are at most {MAX_METHODS} verbs, true or false")
+            )
+        known = None if methods is None else {f"{name}.{verb}".encode(): open_ for verb, open_ in methods.items()}
         peer.service = name
-        self.services[name] = Service(peer, self.now_ns(), __version__)
-        self._service_keys[frame.route] = peer
+        peer.source = frame.route
+        peer.routes = {}
+        self.services[frame.route] = Service(peer, self.now_ns(), _short(body.get("version")), known)
         peer.send(encode(RESULT, b"", packb({}), 0, frame.serial))
-        self.announce("service.up", name, {"pid": str(peer.pid)})
+        self.events.announce("service.up", name, {"name": name, "pid": str(peer.pid)})
         return None
 
     def _unregister(self, peer: Peer) -> None:
-        del self.services[peer.service]
-        del self._service_keys[peer.service.encode()]
-        self.announce("service.down", peer.service, {"pid": str(peer.pid)})
+        del self.services[peer.service.encode()]
+        self.events.announce("service.down", peer.service, {"name": peer.service, "pid": str(peer.pid)})
 
     # --- calls -------------------------------------------------------------------------------------------------------
 
     def _call(self, peer: Peer, frame: Frame) -> None:
-        serial = frame.serial
+        serial, route = frame.serial, frame.route
         if not serial or serial in peer.calls:
             raise ProtocolError(f"call with serial {serial}, which is 0 or in use")
-        name, _, _ = frame.route.partition(b".")
-        service = self._service_keys.get(name)
-        failure: errors.BusError | None = None
+        name = route.partition(b".")[0]
+        service = self.services.get(name)
         if service is None:
             if name == b"bus":
                 return self._own_method(peer, frame)
-            failure = errors.Unavailable(
+            failure: errors.BusError | None = errors.Unavailable(
                 f'no service "{name.decode(errors="replace")}" on the bus',
                 hint="it may be starting or have failed: pyx system info",
             )
-        elif len(peer.calls) >= MAX_CALLS_PER_PEER:
-            failure = errors.ResourceExhausted(f"more than {MAX_CALLS_PER_PEER} calls open on one connection")
-        elif service.queued_bytes > MAX_QUEUED_BYTES:
-            failure = errors.ResourceExhausted(f"{service.service} doesn't keep up with its calls")
+        else:
+            failure = self._objection(peer, frame, service)
         if failure is not None:
-            _close(frame.fds)
+            close_fds(frame.fds)
             return self._error(peer, serial, failure)
         assert service is not None
-        self.calls_total += 1
-        peer.calls[serial] = service
-        service.incoming.add((peer.id, serial))
+        callee = service.peer
+        counters = service.counters.get(route)
+        if counters is None:
+            counters = self._count(service, route)
+        counters.calls += 1
+        size = len(frame.body)
+        user = peer.user
+        user.calls += 1
+        user.call_bytes += size
+        peer.calls[serial] = (callee, counters, self.monotonic_ns(), size)
+        callee.incoming.add((peer.id, serial))
         arg = (frame.arg & 0xFFFFFFFF) | peer.uid << 32
-        service.send(encode(CALL, frame.route, frame.body, peer.id, serial, arg, len(frame.fds)), frame.fds)
+        flags = FLAG_MONITOR if peer.role == MONITOR else 0
+        callee.send(encode(CALL, route, frame.body, peer.id, serial, arg, len(frame.fds), flags), frame.fds)
         return None
+
+    def _objection(self, peer: Peer, frame: Frame, service: Service) -> errors.BusError | None:
+        """Why a call can't be passed on."""
+        user = peer.user
+        if service.methods is not None and frame.route not in service.methods:
+            return errors.Unimplemented(f'no method "{frame.route.decode(errors="replace")}"')
+        if peer.role == MONITOR and not (service.methods or {}).get(frame.route):
+            return errors.PermissionDenied(
+                f"{frame.route.decode(errors='replace')} is not for monitors",
+                hint='members of the group "pyx" may call it',
+            )
+        if len(peer.calls) >= MAX_CALLS_PER_PEER or user.calls >= user.max_calls:
+            return errors.ResourceExhausted(
+                f"more than {MAX_CALLS_PER_PEER} calls open on a connection, or {user.max_calls} of a user"
+            )
+        if user.call_bytes + len(frame.body) > user.max_call_bytes:
+            return errors.ResourceExhausted(f"user {user.uid} has more than {user.max_call_bytes} bytes in open calls")
+        if service.peer.queued_bytes > MAX_QUEUED_BYTES:
+            return errors.ResourceExhausted(f"{service.peer.service} doesn't keep up with its calls")
+        return None
+
+    def _count(self, service: Service, route: bytes) -> MethodCounters:
+        key = route if service.methods is not None else service.peer.service.encode() + b".*"  # bounded either way
+        counters = self._counters.get(key)
+        if counters is None:
+            counters = self._counters[key] = MethodCounters()
+        if service.methods is not None:
+            service.counters[route] = counters
+        return counters
+
+    def _close_call(self, caller: Peer, serial: int) -> MethodCounters:
+        _, counters, started_ns, size = caller.calls.pop(serial)
+        caller.user.calls -= 1
+        caller.user.call_bytes -= size
+        counters.done(self.monotonic_ns() - started_ns)
+        return counters
 
     def _answer(self, service: Peer, frame: Frame) -> None:
         caller = self.peers.get(frame.peer)
         key = (frame.peer, frame.serial)
         if caller is None or key not in service.incoming:  # cancelled or gone meanwhile
-            return _close(frame.fds)
+            return close_fds(frame.fds)
+        arg = 0
         if frame.kind != ITEM:
             service.incoming.discard(key)
-            del caller.calls[frame.serial]
+            counters = self._close_call(caller, frame.serial)
+            if frame.kind == ERROR:
+                counters.errors += 1
+            elif frame.arg:
+                arg = self.events.offset_after(service.publisher, frame.arg - 1)
         if caller.queued_bytes > MAX_QUEUED_BYTES:
-            _close(frame.fds)
+            close_fds(frame.fds)
             return caller.disconnect("it doesn't read its answers")
-        caller.send(encode(frame.kind, b"", frame.body, 0, frame.serial, frame.arg, len(frame.fds)), frame.fds)
+        caller.send(encode(frame.kind, b"", frame.body, 0, frame.serial, arg, len(frame.fds)), frame.fds)
         return None
 
     def _pass_on(self, peer: Peer, frame: Frame) -> None:
         """CANCEL and CREDIT go to the service that has the call."""
-        service = peer.calls.get(frame.serial)
-        if service is None:
+        call = peer.calls.get(frame.serial)
+        if call is None:
             return
+        service = call[0]
         if frame.kind == CANCEL:
-            del peer.calls[frame.serial]
+            self._close_call(peer, frame.serial).cancelled += 1
             service.incoming.discard((peer.id, frame.serial))
         elif service.queued_bytes > 2 * MAX_QUEUED_BYTES:
             raise ProtocolError(f"{service.service} doesn't read, and the caller goes on giving it credit")
@@ -262,137 +331,78 @@ class Router:
     def _error(self, peer: Peer, serial: int, error: errors.BusError) -> None:
         peer.send(encode(ERROR, b"", packb(errors.to_body(error)), 0, serial))
 
+    # --- the broker's own methods ------------------------------------------------------------------------------------
+
     def _own_method(self, peer: Peer, frame: Frame) -> None:
-        _close(frame.fds)
-        if frame.route == b"bus.services":
-            body: dict[str, object] = {
-                "services": [
-                    {
-                        "name": name,
-                        "pid": s.peer.pid,
-                        "uid": s.peer.uid,
-                        "since_ns": s.since_ns,
-                        "version": s.version,
-                    }
-                    for name, s in sorted(self.services.items())
-                ]
-            }
-        elif frame.route == b"bus.stats":
-            body = {
-                "connections": len(self.peers),
-                "calls_in_flight": sum(len(p.calls) for p in self.peers.values()),
-                "calls_total": self.calls_total,
-                "events_total": self.journal.next_offset - self.journal.first_ever,
-                "events_dropped": self.events_dropped,
-                "refused": self.refused,
-                "protocol_errors": self.protocol_errors,
-            }
-        else:
-            method = frame.route.decode(errors="replace")
-            return self._error(peer, frame.serial, errors.Unimplemented(f'no method "{method}"'))
+        close_fds(frame.fds)
+        try:
+            if peer.role == MONITOR and frame.route in _CHANGING:
+                raise errors.PermissionDenied(f"{frame.route.decode()} is not for monitors")
+            body = self._answer_own(frame)
+        except errors.BusError as error:
+            return self._error(peer, frame.serial, error)
         peer.send(encode(RESULT, b"", packb(body), 0, frame.serial))
         return None
 
-    # --- events ------------------------------------------------------------------------------------------------------
+    def _answer_own(self, frame: Frame) -> dict[str, object]:
+        if frame.route == b"bus.services":
+            return {"services": [self._describe(name, service) for name, service in sorted(self.services.items())]}
+        if frame.route == b"bus.stats":
+            return self._stats()
+        if frame.route == b"bus.durables":
+            return {"durables": self.events.durables()}
+        if frame.route == b"bus.forget":
+            name = unpack_map(frame).get("name")
+            if not isinstance(name, str):
+                raise errors.InvalidArgument("which durable subscription?")
+            self.events.forget(name)
+            return {}
+        raise errors.Unimplemented(f'no method "{frame.route.decode(errors="replace")}"')
 
-    def _publish(self, peer: Peer, frame: Frame) -> None:
-        """Journal, acknowledge, deliver. A sequence number already seen from this publisher is only acknowledged."""
-        if len(frame.route) + len(frame.body) > MAX_EVENT:  # in the journal it would end every subscriber's connection
-            raise ProtocolError(f"event of {len(frame.body)} bytes is larger than the limit of {MAX_EVENT}")
-        _map(frame)  # nor anything that a subscriber couldn't read
-        if peer.publisher:
-            if frame.arg <= self._published.get(peer.publisher, 0):
-                peer.send(encode(ACK, b"", b"", 0, 0, frame.arg))
-                return
-            self._published[peer.publisher] = frame.arg
-        topic = frame.route.decode("utf-8", "replace")
-        self._append(topic, frame.route, peer.service or peer.name, frame.body)
-        peer.send(encode(ACK, b"", b"", 0, 0, frame.arg))
+    def _describe(self, name: bytes, service: Service) -> dict[str, object]:
+        peer = service.peer
+        return {
+            "name": name.decode(),
+            "pid": peer.pid,
+            "uid": peer.uid,
+            "since_ns": service.since_ns,
+            "version": service.version or __version__,
+        }
 
-    def announce(self, topic: str, actor: str, attributes: dict[str, str]) -> None:
-        """An event of the broker's own."""
-        payload = packb({"id": actor, "time_ns": self.now_ns(), "attributes": attributes})
-        self._append(topic, topic.encode(), "bus", payload)
-
-    def _append(self, topic: str, route: bytes, source: str, payload: bytes) -> None:
-        body = b"\x93" + packb(source) + packb(self.now_ns()) + payload
-        offset = self.journal.append(route, body)
-        frames: dict[int, bytes] = {}  # one encoding for all who use the same subscription ID
+    def _stats(self) -> dict[str, object]:
+        by_role: dict[str, int] = {}
         for peer in self.peers.values():
-            for subscription, patterns in peer.subscriptions.items():
-                if any(topic_matches(pattern, topic) for pattern in patterns):
-                    data = frames.get(subscription)
-                    if data is None:
-                        data = frames[subscription] = encode(EVENT, route, body, subscription, 0, offset)
-                    self._deliver(peer, subscription, offset, data)
-
-    def _deliver(self, peer: Peer, subscription: int, offset: int, data: bytes) -> None:
-        lost = peer.lost.get(subscription)
-        if peer.queued_bytes > MAX_QUEUED_BYTES // (1 if lost is None else 2):
-            self.events_dropped += 1
-            count, first, _ = lost or (0, offset, offset)
-            peer.lost[subscription] = (count + 1, first, offset)
-            return
-        if lost is not None:
-            self._tell_gap(peer, subscription)
-        peer.send(data)
-
-    def _tell_gap(self, peer: Peer, subscription: int) -> None:
-        count, first, last = peer.lost.pop(subscription)
-        body = packb({"lost": count, "first_offset": first, "last_offset": last})
-        peer.send(encode(GAP, b"", body, subscription, 0, last))
-
-    def drained(self, peer: Peer) -> None:
-        """The peer's queue is empty again: tell it what it missed, without waiting for the next event."""
-        for subscription in list(peer.lost):
-            self._tell_gap(peer, subscription)
-
-    def _subscribe(self, peer: Peer, frame: Frame) -> None:
-        body = _map(frame)
-        patterns = body.get("patterns")
-        since = body.get("since")
-        subscription = frame.peer
-        if (
-            not isinstance(patterns, list)
-            or not 0 < len(patterns) <= MAX_PATTERNS
-            or not all(isinstance(p, str) and p for p in patterns)
-            or not (since is None or since == "beginning" or (isinstance(since, int) and since >= 0))
-        ):
-            return self._error(peer, frame.serial, errors.InvalidArgument("bad patterns or since in the subscription"))
-        if not subscription or subscription in peer.subscriptions:
-            return self._error(peer, frame.serial, errors.AlreadyExists(f"subscription {subscription} is 0 or in use"))
-        if len(peer.subscriptions) >= MAX_SUBSCRIPTIONS_PER_PEER:
-            return self._error(
-                peer, frame.serial, errors.ResourceExhausted(f"more than {MAX_SUBSCRIPTIONS_PER_PEER} subscriptions")
-            )
-        peer.subscriptions[subscription] = patterns
-        peer.send(encode(RESULT, b"", packb({"next_offset": self.journal.next_offset}), 0, frame.serial))
-        if since is not None:
-            self._replay(peer, subscription, patterns, 0 if since == "beginning" else since)
-        return None
-
-    def _replay(self, peer: Peer, subscription: int, patterns: list[str], since: int) -> None:
-        oldest = self.journal.oldest_offset
-        if since and since < oldest:
-            body = packb({"lost": oldest - since, "first_offset": since, "last_offset": oldest - 1})
-            peer.send(encode(GAP, b"", body, subscription, 0, oldest - 1))
-        for offset, route, event in self.journal.read(since):
-            topic = route.decode("utf-8", "replace")
-            if any(topic_matches(pattern, topic) for pattern in patterns):
-                self._deliver(peer, subscription, offset, encode(EVENT, route, event, subscription, 0, offset))
+            by_role[peer.role] = by_role.get(peer.role, 0) + 1
+        return {
+            "connections": len(self.peers),
+            "connections_by_role": by_role,
+            "users": [
+                {
+                    "uid": user.uid,
+                    "connections": user.connections,
+                    "subscriptions": user.subscriptions,
+                    "calls": user.calls,
+                    "call_bytes": user.call_bytes,
+                    "queued_bytes": user.queued_bytes,
+                }
+                for user in self.users.values()
+            ],
+            "calls_in_flight": sum(len(peer.calls) for peer in self.peers.values()),
+            "calls_total": sum(counters.calls for counters in self._counters.values()),
+            "methods": {
+                name.decode(errors="replace"): counters.body() for name, counters in sorted(self._counters.items())
+            },
+            "refused": self.refused,
+            "protocol_errors": self.protocol_errors,
+            **self.events.body(),
+        }
 
 
-def _map(frame: Frame) -> dict[str, object]:
-    try:
-        value = unpackb(frame.body)
-    except Exception as error:  # msgpack raises its own, ValueError and UnicodeDecodeError
-        raise ProtocolError(f"{frame!r} is not msgpack: {error}") from error
-    if not isinstance(value, dict):
-        raise ProtocolError(f"{frame!r} holds no map")
-    return value
-
-
-def _close(fds: list[int]) -> None:
-    from .transport import close_fds
-
-    close_fds(fds)
+def _short(value: object) -> str:
+    """A name as a peer gave it, made fit for a route and a log."""
+    text = value if isinstance(value, str) else ""
+    return (
+        "".join(c if c.isprintable() else "?" for c in text)
+        .encode("utf-8", "replace")[:MAX_NAME_BYTES]
+        .decode("utf-8", "ignore")
+    )

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import hashlib
 import logging
 import os
 import signal
-import socket
 import sys
-import tomllib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +18,8 @@ import trio
 
 from . import errors
 from .client import Bus, connect
+from .process import bus_path, load_config, log_level, notify_ready, root_directory, run_directory, stack_prefix
 from .server import Call, Service
-
-DEFAULT_ROOT = Path("/var/lib/pyx")
-DEFAULT_RUN = Path("/run/pyx")
-DEFAULT_CONFIG = Path("/etc/pyx/config.toml")
 
 
 @dataclass
@@ -51,45 +45,6 @@ class Context:
 Setup = Callable[[Context], Awaitable[Service]]
 
 
-def run_directory() -> Path:
-    """$PYX_RUN, else /run/pyx."""
-    return Path(os.environ.get("PYX_RUN") or DEFAULT_RUN)
-
-
-def root_directory() -> Path:
-    """$PYX_ROOT, else /var/lib/pyx."""
-    return Path(os.environ.get("PYX_ROOT") or DEFAULT_ROOT)
-
-
-def bus_path() -> Path:
-    """$PYX_BUS, else bus.sock in the run directory."""
-    return Path(os.environ.get("PYX_BUS") or run_directory() / "bus.sock")
-
-
-def stack_prefix(run: Path) -> str:
-    """"pyx" for the stack of the host, pyx-<6 hex> of the run directory's path for any other."""
-    if run == DEFAULT_RUN:
-        return "pyx"
-    return "pyx-" + hashlib.sha256(os.fsencode(run.absolute())).hexdigest()[:6]
-
-
-def load_config(name: str) -> dict[str, Any]:
-    """The table ``[name]`` of $PYX_CONFIG, else /etc/pyx/config.toml. Raises ``InvalidArgument`` if it can't be read."""
-    path = Path(os.environ.get("PYX_CONFIG") or DEFAULT_CONFIG)
-    try:
-        data = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        if "PYX_CONFIG" in os.environ:
-            raise errors.InvalidArgument(f'configuration file "{path}" does not exist') from None
-        return {}
-    except (OSError, ValueError) as error:
-        raise errors.InvalidArgument(f'cannot read the configuration file "{path}": {error}') from error
-    table = data.get(name, {})
-    if not isinstance(table, dict):
-        raise errors.InvalidArgument(f'"{name}" in "{path}" is not a table')
-    return table
-
-
 class _ToStructlog(logging.Handler):
     """Libraries (ours and others') log through the standard library; their records join ours."""
 
@@ -99,10 +54,12 @@ class _ToStructlog(logging.Handler):
 
 def configure_logging() -> None:
     """Structured lines on stderr: JSON for machines ($PYX_LOG_FORMAT=json), key=value else. $PYX_LOG_LEVEL, default info."""
-    level = logging.getLevelNamesMapping().get(os.environ.get("PYX_LOG_LEVEL", "info").upper(), logging.INFO)
+    level = log_level()
     renderer: Any = structlog.processors.JSONRenderer()
     if os.environ.get("PYX_LOG_FORMAT") != "json":
-        renderer = structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "service", "event"], bool_as_flag=False)
+        renderer = structlog.processors.LogfmtRenderer(
+            key_order=["timestamp", "level", "service", "event"], bool_as_flag=False
+        )
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -118,24 +75,8 @@ def configure_logging() -> None:
     logging.basicConfig(level=max(level, logging.WARNING), handlers=[_ToStructlog()], force=True)
 
 
-def notify_ready() -> None:
-    """Tell whoever started us (sd_notify(3): $NOTIFY_SOCKET) that we serve."""
-    address = os.environ.pop("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    if address.startswith("@"):
-        address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-        try:
-            sock.sendto(b"READY=1", address)
-        except OSError as error:
-            structlog.get_logger().warning("cannot notify readiness", error=str(error))
-
-
 @contextlib.asynccontextmanager
-async def service_context(
-    name: str, *, bus: Path, root: Path, run: Path, prefix: str, config: dict[str, Any]
-) -> Any:
+async def service_context(name: str, *, bus: Path, root: Path, run: Path, prefix: str, config: dict[str, Any]) -> Any:
     """The context of a service whose directories and bus are given; everything in it ends with the block."""
     root.mkdir(parents=True, exist_ok=True, mode=0o711)
     run.mkdir(parents=True, exist_ok=True, mode=0o711)

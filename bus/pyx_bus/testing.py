@@ -10,17 +10,30 @@ from typing import Any
 import trio
 
 from . import service as _service
-from .broker import run_broker
+from .broker import Broker, make
 from .service import Context, Setup, service_context, stack_prefix
 
 
 @asynccontextmanager
 async def broker(directory: Path) -> AsyncIterator[Path]:
-    """A broker on ``directory``/bus.sock for the length of the block; its socket's path."""
-    async with trio.open_nursery() as nursery:
-        path: Path = await nursery.start(run_broker, directory / "bus.sock")
-        yield path
-        nursery.cancel_scope.cancel()
+    """A broker on ``directory``/bus.sock for the length of the block, its journal beside it; its socket's path."""
+    path = directory / "bus.sock"
+    made = make(path, directory / "bus")
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_turn, made)
+            yield path
+            nursery.cancel_scope.cancel()
+    finally:
+        path.unlink(missing_ok=True)
+        made.close()
+
+
+async def _turn(made: Broker) -> None:
+    while True:
+        with trio.move_on_after(made.timeout_s()):
+            await trio.lowlevel.wait_readable(made.fileno())
+        made.step(0)
 
 
 @asynccontextmanager

@@ -149,14 +149,20 @@ def encode(
     if size > MAX_FRAME:
         raise ProtocolError(f"frame of {size} bytes is larger than the limit of {MAX_FRAME}")
     if len(route) > MAX_ROUTE or fds > MAX_FDS:
-        raise ProtocolError(f"route of {len(route)} bytes or {fds} descriptors are over the limits {MAX_ROUTE} and {MAX_FDS}")
+        raise ProtocolError(
+            f"route of {len(route)} bytes or {fds} descriptors are over the limits {MAX_ROUTE} and {MAX_FDS}"
+        )
     return HEADER.pack(size, kind, flags, fds, len(route), peer, serial, arg) + route + body
 
 
 def encode_batch_head(source: bytes, subscription: int, count: int, offset: int, time_ns: int, size: int) -> bytes:
     """What comes before the ``count`` PUBLISH frames of ``size`` bytes in an EVENT frame."""
     whole = HEADER_SIZE + len(source) + _TIME_SIZE + size
-    return HEADER.pack(whole, EVENT, 0, 0, len(source), subscription, count, offset) + source + time_ns.to_bytes(_TIME_SIZE, "little")
+    return (
+        HEADER.pack(whole, EVENT, 0, 0, len(source), subscription, count, offset)
+        + source
+        + time_ns.to_bytes(_TIME_SIZE, "little")
+    )
 
 
 _TIME_SIZE = 8
@@ -198,7 +204,9 @@ class Decoder:
 
     def __init__(self, first_frame_limit: int = MAX_FRAME, *, runs: bool = False) -> None:
         self._buffer = bytearray()
-        self._needed = 0  # bytes the frame in the buffer will have: till then arriving data is only appended, never looked through
+        self._needed = (
+            0  # bytes the frame in the buffer will have: till then arriving data is only appended, never looked through
+        )
         self._fds: list[int] = []
         self._limit = first_frame_limit
         self._runs = runs
@@ -279,7 +287,13 @@ class Decoder:
             if room - offset < HEADER_SIZE:
                 break
             size, kind, _, nfds, route_size, _, _, sequence = unpack(data, start + offset)
-            if kind != PUBLISH or sequence != last + 1 or size > room - offset or nfds or size < HEADER_SIZE + route_size:
+            if (
+                kind != PUBLISH
+                or sequence != last + 1
+                or size > room - offset
+                or nfds
+                or size < HEADER_SIZE + route_size
+            ):
                 break
             last = sequence
         frames.append(Run(data[start : start + offset], found, first, last))

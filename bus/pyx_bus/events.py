@@ -1,0 +1,562 @@
+"""The broker's events: journal, acknowledge, deliver. No sockets.
+
+*Publishing.* Events come in runs. A run is checked, written to the journal by one system call, acknowledged, and only then sent on: what
+anybody has heard of is in the journal. Who gets an event depends on its topic alone for most subscriptions, so that it's looked up
+once per topic and kept; neighbouring events with the same recipients go out as one slice of the run. Only for filters on fields is an
+event decoded.
+
+*Live and reading.* A subscription is live while its connection takes what it's sent. One that begins in the past, or whose queue is
+full, reads from the journal instead, a piece at a time whenever its queue is empty, and is live again when it has reached the end.
+So a slow reader costs a queue of ``MAX_EVENT_QUEUE`` and loses nothing, until retention passes it: then it's told which offsets it
+won't see (GAP).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import msgspec
+from msgpack import packb, unpackb
+
+from . import errors
+from .filters import Filter, parse
+from .journal import Cursor, Hole, Journal, JournalError, Record
+from .peers import Peer
+from .positions import Position, Positions
+from .roles import ROOT, owner_of
+from .wire import (
+    ACK,
+    ERROR,
+    GAP,
+    HEADER_SIZE,
+    HEARTBEAT,
+    MAX_BATCH,
+    MAX_EVENT,
+    PUBLISH,
+    RESULT,
+    Frame,
+    ProtocolError,
+    Run,
+    encode,
+    encode_batch_head,
+    frame_bounds,
+)
+
+# What waits for a subscriber that doesn't read, beyond what the kernel's socket buffer has; one batch more may be on top.
+MAX_EVENT_QUEUE = 1 << 20
+MAX_SUBSCRIPTIONS_PER_PEER = 64
+MIN_HEARTBEAT_MS = 100
+# Topics a publisher's recipients are remembered for. The contract has some dozens.
+MAX_ROUTES = 4096
+# Runs of a publisher of which the offsets are remembered: a service's answer tells the last event before it, which is mostly the last.
+MAX_RECENT = 64
+_JOIN_BELOW = 4096  # bytes: a small batch is copied behind its head to go out in one piece
+
+_well_formed = msgspec.msgpack.Decoder(msgspec.Raw).decode
+_MAP_MARKERS = frozenset((*range(0x80, 0x90), 0xDE, 0xDF))
+_TOPIC_BYTES = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789_-.")
+
+# (subscription, whether it's certain without a look at the payload)
+Recipients = tuple[tuple["Subscription", bool], ...]
+Bounds = list[tuple[int, int, int]]
+
+
+class Refused(Exception):
+    """An event that can't be taken. ``index`` is its place in the run."""
+
+    def __init__(self, index: int, error: errors.BusError) -> None:
+        super().__init__(error.message)
+        self.index = index
+        self.error = error
+
+
+class Subscription:
+    """``cursor`` is None while it's live. ``position`` keeps a durable one's place."""
+
+    __slots__ = ("cursor", "filter", "heartbeat_ns", "id", "peer", "position", "quiet_since_ns")
+
+    def __init__(self, peer: Peer, id_: int, filter_: Filter, heartbeat_ms: int) -> None:
+        self.peer = peer
+        self.id = id_
+        self.filter = filter_
+        self.heartbeat_ns = heartbeat_ms * 1_000_000
+        self.quiet_since_ns = 0
+        self.cursor: Cursor | None = None
+        self.position: Position | None = None
+
+
+class Events:
+    """``now_ns`` is the wall clock, ``monotonic_ns`` the one that heartbeats go by."""
+
+    def __init__(
+        self, journal: Journal, positions: Positions, now_ns: Callable[[], int], monotonic_ns: Callable[[], int]
+    ) -> None:
+        self.journal = journal
+        self.positions = positions
+        self._now_ns = now_ns
+        self._monotonic_ns = monotonic_ns
+        self._subscriptions: dict[tuple[int, int], Subscription] = {}
+        self._generation = 0
+        self._durable: dict[str, Subscription] = {}
+        self._beating: set[Subscription] = set()
+        self._recent: dict[bytes, deque[tuple[int, int, int]]] = {}  # publisher → (first, last sequence, offset after)
+        self.ready: dict[Subscription, None] = {}  # reading ones that may go on, in turn
+        self.published = 0
+        self.duplicates = 0
+        self.refused = 0
+        self.gaps = 0
+        self.events_lost = 0
+        self.fell_behind = 0
+
+    # --- publishing --------------------------------------------------------------------------------------------------
+
+    def publish(self, peer: Peer, run: Run) -> None:
+        """Take a run of events. A sequence number already seen from this publisher is only acknowledged."""
+        if peer.refused_from:
+            if run.first > peer.refused_from:
+                return
+            peer.refused_from = 0
+        data, frames, first = run.body, run.frames, run.first
+        if peer.publisher:
+            last, _ = self.journal.published(peer.publisher)
+            if first <= last:
+                seen = min(last - first + 1, len(frames))
+                self.duplicates += seen
+                if seen == len(frames):
+                    peer.send(encode(ACK, b"", b"", 0, 0, run.arg))
+                    return
+                data, frames, first = *_cut(data, frames, seen), first + seen
+        while frames:
+            try:
+                groups = self._check(peer, data, frames)
+            except Refused as refusal:
+                index = refusal.index
+                if index and not self._keep(peer, *_cut(data, frames, 0, index), first):
+                    return
+                self.refused += 1
+                sequence = first + index
+                peer.send(encode(ERROR, b"", packb(errors.to_body(refusal.error)), 0, 0, sequence))
+                data, frames, first = *_cut(data, frames, index + 1), sequence + 1
+                continue
+            if self._keep(peer, data, frames, first, groups):
+                peer.send(encode(ACK, b"", b"", 0, 0, run.arg))
+            return
+
+    def announce(self, topic: str, actor: str, attributes: dict[str, str]) -> None:
+        """An event of the broker's own."""
+        payload = packb({"id": actor, "time_ns": self._now_ns(), "attributes": attributes})
+        data = encode(PUBLISH, topic.encode(), payload)
+        frames = frame_bounds(data)
+        tail = self.journal.tail()
+        try:
+            offset = self.journal.append(b"bus", b"", data, 1, 0, self._now_ns())
+        except JournalError:
+            return  # the journal has logged it; there's nobody to repeat it
+        self._deliver(b"bus", data, frames, offset, [(self._find(topic, b"bus"), 0, 1)], tail)
+
+    def _check(self, peer: Peer, data: bytes, frames: Bounds) -> list[tuple[Recipients, int, int]]:
+        """Who gets what: (recipients, from, to) of neighbours with the same. Raises ``Refused``."""
+        if peer.routes_of != self._generation:
+            peer.routes = {}
+            peer.routes_of = self._generation
+        routes = peer.routes
+        view = memoryview(data)
+        groups: list[tuple[Recipients, int, int]] = []
+        current: Recipients | None = None
+        begin = 0
+        index = -1
+        for index, (start, payload, end) in enumerate(frames):
+            topic = data[start + HEADER_SIZE : payload]
+            recipients = routes.get(topic)
+            if recipients is None:
+                recipients = self._route(peer, topic, index)
+            try:
+                if data[payload] not in _MAP_MARKERS:
+                    raise Refused(index, errors.InvalidArgument(f"payload of {topic!r} is no map"))
+                _well_formed(view[payload:end])
+            except (IndexError, msgspec.DecodeError, RecursionError) as error:
+                raise Refused(index, errors.InvalidArgument(f"payload of {topic!r} is not msgpack: {error}")) from None
+            if recipients is not current:
+                if current is not None:
+                    groups.append((current, begin, index))
+                current = recipients
+                begin = index
+        if len(data) > MAX_EVENT:
+            for index, (start, _, end) in enumerate(frames):
+                if end - start - HEADER_SIZE > MAX_EVENT:
+                    raise Refused(index, errors.InvalidArgument(f"event is larger than the limit of {MAX_EVENT} bytes"))
+        assert current is not None
+        groups.append((current, begin, len(frames)))
+        return groups
+
+    def _route(self, peer: Peer, route: bytes, index: int) -> Recipients:
+        if not route or not _TOPIC_BYTES.issuperset(route) or b".." in route or route[0] == 46 or route[-1] == 46:
+            raise Refused(index, errors.InvalidArgument(f"bad topic {route!r}"))
+        topic = route.decode()
+        owner = owner_of(topic)
+        if peer.may_be not in ("*", owner) or (owner == "bus" and peer.role != ROOT):
+            raise Refused(
+                index,
+                errors.PermissionDenied(
+                    f'user {peer.uid} may not publish "{topic}"', hint=f"only the user of {owner} may"
+                ),
+            )
+        if len(peer.routes) >= MAX_ROUTES:
+            peer.routes.clear()
+        found = peer.routes[route] = self._find(topic, peer.source)
+        return found
+
+    def _find(self, topic: str, source: bytes) -> Recipients:
+        found = []
+        name = source.decode()
+        for subscription in self._subscriptions.values():
+            passes = subscription.filter.topic(topic, name)
+            if passes is not False:
+                found.append((subscription, passes is True))
+        return tuple(found)
+
+    def _keep(
+        self,
+        peer: Peer,
+        data: bytes,
+        frames: Bounds,
+        first: int,
+        groups: list[tuple[Recipients, int, int]] | None = None,
+    ) -> bool:
+        """Write to the journal and deliver. False if it couldn't be written: the publisher is told to come again."""
+        if groups is None:
+            groups = self._check(peer, data, frames)
+        count = len(frames)
+        tail = self.journal.tail()
+        try:
+            offset = self.journal.append(peer.source, peer.publisher, data, count, first + count - 1, self._now_ns())
+        except JournalError as error:
+            peer.refused_from = first
+            problem = errors.Unavailable(f"the event journal can't be written: {error}")
+            peer.send(encode(ERROR, b"", packb(errors.to_body(problem)), 0, 0, first))
+            return False
+        self.published += count
+        if peer.publisher:
+            recent = self._recent.get(peer.publisher)
+            if recent is None:
+                recent = self._recent[peer.publisher] = deque(maxlen=MAX_RECENT)
+            recent.append((first, first + count - 1, offset + count))
+        self._deliver(peer.source, data, frames, offset, groups, tail)
+        return True
+
+    def offset_after(self, publisher: bytes, sequence: int) -> int:
+        """The offset that follows a publisher's event; 0 if that isn't known."""
+        for first, last, after in reversed(self._recent.get(publisher, ())):
+            if first - 1 <= sequence <= last:
+                return after - (last - sequence)
+        last, after = self.journal.published(publisher)
+        if sequence == last:
+            return after or self.journal.next_offset
+        return 0
+
+    def forget_publisher(self, publisher: bytes) -> None:
+        """Its connection is gone."""
+        self._recent.pop(publisher, None)
+
+    # --- delivering --------------------------------------------------------------------------------------------------
+
+    def _deliver(
+        self,
+        source: bytes,
+        data: bytes,
+        frames: Bounds,
+        offset: int,
+        groups: list[tuple[Recipients, int, int]],
+        tail: Cursor,
+    ) -> None:
+        time_ns = self.journal.last_time_ns
+        for recipients, begin, end in groups:
+            if not recipients:
+                continue
+            whole = end - begin == len(frames)
+            chunk = data if whole else data[frames[begin][0] : frames[end - 1][2]]
+            packed: dict[int, bytes] = {}  # by subscription ID: most connections have one, so that this is made once
+            for subscription, certain in recipients:
+                if subscription.cursor is not None:
+                    continue  # it will read this from the journal
+                peer = subscription.peer
+                waiting = peer.queued_bytes
+                if waiting > MAX_EVENT_QUEUE or (waiting and peer.user.queued_bytes > peer.user.max_queued_bytes):
+                    self.fell_behind += 1
+                    subscription.cursor = tail.at(offset + begin)
+                    continue
+                if not certain:
+                    self._send_matching(subscription, source, data, frames[begin:end], offset + begin, time_ns)
+                    continue
+                head = packed.get(subscription.id)
+                if head is None:
+                    head = encode_batch_head(source, subscription.id, end - begin, offset + begin, time_ns, len(chunk))
+                    if len(chunk) < _JOIN_BELOW:
+                        head += chunk
+                    packed[subscription.id] = head
+                peer.send(head)
+                if len(chunk) >= _JOIN_BELOW:
+                    peer.send(chunk)
+                if subscription.heartbeat_ns:
+                    subscription.quiet_since_ns = self._monotonic_ns()
+
+    def _send_matching(
+        self, subscription: Subscription, source: bytes, data: bytes, frames: Bounds, offset: int, time_ns: int
+    ) -> None:
+        """Send those of consecutive events that pass, in as few batches as that takes."""
+        filter_ = subscription.filter
+        begin = -1
+        verdicts: dict[bytes, bool | None] = {}
+        name = source.decode()
+        for index, (start, payload, end) in enumerate(frames):
+            route = data[start + HEADER_SIZE : payload]
+            if route not in verdicts:
+                verdicts[route] = filter_.topic(route.decode(), name)
+            passes = verdicts[route]
+            if passes is None:
+                passes = filter_.payload(route.decode(), data[payload:end])
+            if passes and begin < 0:
+                begin = index
+            elif not passes and begin >= 0:
+                self._send_batch(subscription, source, data, frames[begin:index], offset + begin, time_ns)
+                begin = -1
+        if begin >= 0:
+            self._send_batch(subscription, source, data, frames[begin:], offset + begin, time_ns)
+
+    def _send_batch(
+        self, subscription: Subscription, source: bytes, data: bytes, frames: Bounds, offset: int, time_ns: int
+    ) -> None:
+        chunk = data[frames[0][0] : frames[-1][2]]
+        subscription.peer.send(
+            encode_batch_head(source, subscription.id, len(frames), offset, time_ns, len(chunk)) + chunk
+        )
+        if subscription.heartbeat_ns:
+            subscription.quiet_since_ns = self._monotonic_ns()
+
+    # --- reading from the journal ------------------------------------------------------------------------------------
+
+    def drained(self, peer: Peer) -> None:
+        """The peer's queue is empty: what reads for it may go on."""
+        for subscription in peer.subscriptions.values():
+            if subscription.cursor is not None:
+                self.ready[subscription] = None
+
+    def read_on(self) -> None:
+        """A piece of the journal for the one of ``ready`` whose turn it is. To be called until ``ready`` is empty."""
+        subscription = next(iter(self.ready))
+        del self.ready[subscription]
+        cursor, peer = subscription.cursor, subscription.peer
+        if cursor is None or peer.queued_bytes:
+            return  # its time comes when it's drained
+        for item in self.journal.read(cursor, MAX_BATCH):
+            if isinstance(item, Hole):
+                self._tell_gap(subscription, item)
+            else:
+                self._send_record(subscription, item)
+        if cursor.at_end:
+            subscription.cursor = None
+        else:
+            self.ready[subscription] = None
+
+    def _send_record(self, subscription: Subscription, record: Record) -> None:
+        if subscription.filter.everything:
+            head = encode_batch_head(
+                record.source, subscription.id, record.count, record.first_offset, record.time_ns, len(record.frames)
+            )
+            subscription.peer.send(head)
+            subscription.peer.send(record.frames)
+            subscription.quiet_since_ns = self._monotonic_ns()
+            return
+        frames = frame_bounds(record.frames)
+        self._send_matching(subscription, record.source, record.frames, frames, record.first_offset, record.time_ns)
+
+    def _tell_gap(self, subscription: Subscription, hole: Hole) -> None:
+        self.gaps += 1
+        self.events_lost += hole.lost
+        body = packb({"lost": hole.lost, "first_offset": hole.first_offset, "last_offset": hole.last_offset})
+        subscription.peer.send(encode(GAP, b"", body, subscription.id, 0, hole.last_offset))
+
+    # --- subscribing -------------------------------------------------------------------------------------------------
+
+    def subscribe(self, peer: Peer, frame: Frame) -> None:
+        """Answers with RESULT; raises ``BusError``s of what is wrong with the request, ``ProtocolError``."""
+        body = unpack_map(frame)
+        filter_ = parse(body.get("patterns"), body.get("filters"))
+        since, since_ns = body.get("since"), body.get("since_ns")
+        name, heartbeat_ms = body.get("durable"), body.get("heartbeat_ms") or 0
+        if not (since is None or since == "beginning" or _is_offset(since)) or not (
+            since_ns is None or _is_offset(since_ns)
+        ):
+            raise errors.InvalidArgument(
+                f'since must be an offset, "beginning" or null, not {since!r}; since_ns a time in ns'
+            )
+        if not _is_offset(heartbeat_ms) or 0 < heartbeat_ms < MIN_HEARTBEAT_MS:
+            raise errors.InvalidArgument(f"heartbeat_ms must be at least {MIN_HEARTBEAT_MS}, not {heartbeat_ms!r}")
+        if name is not None and not isinstance(name, str):
+            raise errors.InvalidArgument(f"a durable subscription's name is a text, not {name!r}")
+        if isinstance(since, int) and since > self.journal.next_offset:
+            raise errors.InvalidArgument(
+                f"offset {since} is beyond the journal's end, {self.journal.next_offset}",
+                hint="is it another journal's?",
+            )
+        if not frame.peer or frame.peer in peer.subscriptions:
+            raise errors.AlreadyExists(f"subscription {frame.peer} is 0 or in use")
+        if (
+            len(peer.subscriptions) >= MAX_SUBSCRIPTIONS_PER_PEER
+            or peer.user.subscriptions >= peer.user.max_subscriptions
+        ):
+            raise errors.ResourceExhausted(
+                f"more than {MAX_SUBSCRIPTIONS_PER_PEER} subscriptions of a connection or {peer.user.max_subscriptions} of a user"
+            )
+        subscription = Subscription(peer, frame.peer, filter_, min(heartbeat_ms, 1 << 40))
+        start = self._start(since, since_ns)
+        if name:
+            start = self._open_durable(subscription, name, start)
+        self._add(subscription)
+        if start != self.journal.next_offset:
+            cursor = (
+                self.journal.seek_time(since_ns) if start < 0 and _is_offset(since_ns) else self.journal.seek(start)
+            )
+            subscription.cursor = cursor
+            self.ready[subscription] = None
+        peer.send(encode(RESULT, b"", packb({"next_offset": max(start, 0), "bus": self.journal.id}), 0, frame.serial))
+
+    def _start(self, since: object, since_ns: object) -> int:
+        """The offset to begin at; 0 for the oldest there is, -1 for a time."""
+        if since_ns is not None:
+            return -1
+        if since is None:
+            return self.journal.next_offset
+        return since if isinstance(since, int) else 0
+
+    def _open_durable(self, subscription: Subscription, name: str, start: int) -> int:
+        if name in self._durable:
+            holder = self._durable[name].peer
+            raise errors.Conflict(f'the durable subscription "{name}" is in use by process {holder.pid}')
+        known = self.positions.get(name)
+        if known is None and start < 0:
+            raise errors.InvalidArgument(
+                f'the new durable subscription "{name}" can begin now, at an offset or at the beginning'
+            )
+        position = self.positions.open(name, subscription.peer.uid, start or self.journal.oldest_offset)
+        subscription.position = position
+        self._durable[name] = subscription
+        return min(position.offset, self.journal.next_offset)
+
+    def _add(self, subscription: Subscription) -> None:
+        peer = subscription.peer
+        peer.subscriptions[subscription.id] = subscription
+        peer.user.subscriptions += 1
+        self._subscriptions[peer.id, subscription.id] = subscription
+        self._generation += 1
+        if subscription.heartbeat_ns:
+            subscription.quiet_since_ns = self._monotonic_ns()
+            self._beating.add(subscription)
+
+    def unsubscribe(self, peer: Peer, subscription_id: int) -> None:
+        """No more for this one. Unknown IDs are ignored: a client may have given up before it was told of a failure."""
+        subscription = peer.subscriptions.pop(subscription_id, None)
+        if subscription is None:
+            return
+        peer.user.subscriptions -= 1
+        del self._subscriptions[peer.id, subscription_id]
+        self._generation += 1
+        self._beating.discard(subscription)
+        self.ready.pop(subscription, None)
+        if subscription.position is not None:
+            del self._durable[subscription.position.name]
+            subscription.position.close()
+
+    def acknowledge(self, peer: Peer, frame: Frame) -> None:
+        """A durable subscriber is done with everything up to an offset."""
+        subscription = peer.subscriptions.get(frame.peer)
+        if subscription is None:
+            return  # just ended
+        if subscription.position is None or frame.arg >= self.journal.next_offset:
+            raise ProtocolError(f"{frame!r} acknowledges what it wasn't sent, or isn't durable")
+        subscription.position.ack(frame.arg)
+
+    def forget(self, name: str) -> None:
+        """Remove a durable subscription. Raises ``Conflict`` while it's in use, ``NotFound``."""
+        if name in self._durable:
+            raise errors.Conflict(
+                f'the durable subscription "{name}" is in use by process {self._durable[name].peer.pid}'
+            )
+        self.positions.remove(name)
+
+    # --- time --------------------------------------------------------------------------------------------------------
+
+    def beat(self) -> int:
+        """Send the heartbeats that are due. Until the next one in ns; 0 if nobody wants any."""
+        if not self._beating:
+            return 0
+        now = self._monotonic_ns()
+        wait = 1 << 62
+        for subscription in self._beating:
+            left = subscription.quiet_since_ns + subscription.heartbeat_ns - now
+            if left <= 0:
+                if subscription.cursor is None and not subscription.peer.queued_bytes:
+                    subscription.peer.send(encode(HEARTBEAT, b"", b"", subscription.id, 0, self.journal.next_offset))
+                subscription.quiet_since_ns = now
+                left = subscription.heartbeat_ns
+            wait = min(wait, left)
+        return wait
+
+    def body(self) -> dict[str, object]:
+        """The counters, as ``bus.stats`` tells them."""
+        journal = self.journal
+        behind = [s.cursor.offset for s in self._subscriptions.values() if s.cursor is not None]
+        return {
+            "subscriptions": len(self._subscriptions),
+            "events_total": self.published,
+            "events_duplicate": self.duplicates,
+            "events_refused": self.refused,
+            "events_lost": self.events_lost,
+            "gaps": self.gaps,
+            "slow_readers": len(behind),
+            "slow_readers_total": self.fell_behind,
+            "most_behind": max((journal.next_offset - max(o, journal.oldest_offset) for o in behind), default=0),
+            "journal_id": journal.id,
+            "journal_bytes": journal.size_bytes,
+            "journal_segments": journal.segment_count,
+            "oldest_offset": journal.oldest_offset,
+            "next_offset": journal.next_offset,
+        }
+
+    def durables(self) -> list[dict[str, object]]:
+        """Every durable subscription, for ``bus.durables``."""
+        return [
+            {
+                "name": position.name,
+                "uid": position.uid,
+                "offset": position.offset,
+                "acked_ns": position.acked_ns,
+                "pid": self._durable[position.name].peer.pid if position.name in self._durable else 0,
+            }
+            for position in self.positions.list()
+        ]
+
+
+def _cut(data: bytes, frames: Bounds, begin: int, end: int | None = None) -> tuple[bytes, Bounds]:
+    """Part of a run."""
+    part = frames[begin:end]
+    if not part:
+        return b"", []
+    base = part[0][0]
+    return data[base : part[-1][2]], [(start - base, payload - base, stop - base) for start, payload, stop in part]
+
+
+def _is_offset(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def unpack_map(frame: Frame) -> dict[str, object]:
+    """A frame's body as a map. Raises ``ProtocolError``."""
+    try:
+        value = unpackb(frame.body) if frame.body else {}
+    except Exception as error:  # msgpack raises its own, ValueError and UnicodeDecodeError
+        raise ProtocolError(f"{frame!r} is not msgpack: {error}") from error
+    if not isinstance(value, dict):
+        raise ProtocolError(f"{frame!r} holds no map")
+    return value

@@ -1,0 +1,73 @@
+"""A connection as the broker's decisions see it: who it is, what it has open, and a way to send."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from .metrics import MethodCounters
+from .roles import ROOT, User
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .events import Recipients, Subscription
+
+# (the service that has the call, its counters, when it came in monotonic ns, size of its body)
+OpenCall = tuple["Peer", MethodCounters, int, int]
+
+
+class Peer(ABC):
+    """One connection. ``uid``, ``gid`` and ``pid`` are the kernel's word (SO_PEERCRED), ``role`` and ``may_be`` what follows from it
+    (``Roles.of``)."""
+
+    __slots__ = (
+        "calls",
+        "gid",
+        "id",
+        "incoming",
+        "may_be",
+        "name",
+        "pid",
+        "publisher",
+        "refused_from",
+        "role",
+        "routes",
+        "routes_of",
+        "service",
+        "source",
+        "subscriptions",
+        "uid",
+        "user",
+    )
+
+    def __init__(self, user: User, gid: int, pid: int, role: str = ROOT, may_be: str = "*") -> None:
+        self.user = user
+        self.uid = user.uid
+        self.gid = gid
+        self.pid = pid
+        self.role = role
+        self.may_be = may_be
+        self.id = 0
+        self.name = ""
+        self.service = ""
+        self.calls: dict[int, OpenCall] = {}  # by serial
+        self.incoming: set[tuple[int, int]] = set()  # calls I have as a service: (caller's ID, serial)
+        self.subscriptions: dict[int, Subscription] = {}
+        # as a publisher
+        self.source = b""
+        self.publisher = b""
+        self.refused_from = 0  # the event that couldn't be kept: nothing after it is taken before it has come again
+        self.routes: dict[bytes, Recipients] = {}  # topic → who gets it
+        self.routes_of = -1  # the generation of subscriptions ``routes`` was made for
+
+    @abstractmethod
+    def send(self, data: bytes, fds: list[int] | None = None) -> None:
+        """Queue bytes for this peer; ``fds`` are closed once they're sent."""
+
+    @property
+    @abstractmethod
+    def queued_bytes(self) -> int:
+        """What the peer hasn't taken yet."""
+
+    @abstractmethod
+    def disconnect(self, reason: str) -> None:
+        """End the connection, once what is being done is done."""
