@@ -66,6 +66,7 @@ class Connection(Peer):
             close_fds(fds or ())
             return
         self.transport.push(data, fds)
+        self.broker.router.bytes_out += len(data)
         if not self.blocked:
             self.broker.dirty[self.id] = self
 
@@ -101,8 +102,6 @@ class Broker:
         self.roles = roles
         self.buffer = bytearray(READ_SIZE)
         self.dirty: dict[int, Connection] = {}
-        self.bytes_in = 0
-        self.bytes_out = 0
         self._journal = Journal(directory / "journal", limits or Limits())
         positions = Positions(directory / "durable")
         self.events = Events(self._journal, positions, time.time_ns, time.monotonic_ns)
@@ -250,6 +249,7 @@ class Broker:
             return
         try:
             frames = transport.receive()
+            self.router.bytes_in += transport.read_bytes
             if frames is None:
                 self._end(peer)
                 return
@@ -293,7 +293,6 @@ class Broker:
         self.router.drop(peer)
         del self._connections[peer.transport.fd]
         self._epoll.unregister(peer.transport.fd)
-        self.bytes_in += peer.transport.bytes_in
         self.dirty.pop(peer.id, None)
         peer.transport.close()
         peer.user.queued_bytes -= peer.accounted

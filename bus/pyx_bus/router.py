@@ -79,6 +79,8 @@ class Router:
         self.services: dict[bytes, Service] = {}
         self._counters: dict[bytes, MethodCounters] = {}  # by method; they outlive the service's connection
         self._next_id = 0
+        self.bytes_in = 0
+        self.bytes_out = 0
         self.refused = 0
         self.protocol_errors = 0
 
@@ -392,6 +394,8 @@ class Router:
             "methods": {
                 name.decode(errors="replace"): counters.body() for name, counters in sorted(self._counters.items())
             },
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
             "refused": self.refused,
             "protocol_errors": self.protocol_errors,
             **self.events.body(),

@@ -49,10 +49,11 @@ class Transport:
     """Frames over one connected, non-blocking unix stream socket.
 
     ``queued_bytes`` is what the kernel hasn't taken yet; the owner sets the bound and decides what happens beyond it. ``buffer`` is
-    where reads go first: whoever serves thousands of sockets in one thread lets them share one. ``runs``: see ``Decoder``.
+    where reads go first: whoever serves thousands of sockets in one thread lets them share one. ``read_bytes`` is what the last read
+    brought. ``runs``: see ``Decoder``.
     """
 
-    __slots__ = ("_buffer", "_view", "bytes_in", "closed", "decoder", "fd", "queue", "queued_bytes", "sock")
+    __slots__ = ("_buffer", "_view", "read_bytes", "closed", "decoder", "fd", "queue", "queued_bytes", "sock")
 
     def __init__(
         self,
@@ -69,7 +70,7 @@ class Transport:
         self.queue: list[Chunk] = []
         self.queued_bytes = 0
         self.closed = False
-        self.bytes_in = 0
+        self.read_bytes = 0
         self._buffer = bytearray(READ_SIZE) if buffer is None else buffer
         self._view = memoryview(self._buffer)
 
@@ -79,6 +80,7 @@ class Transport:
         Raises ``BlockingIOError`` if there's nothing to read, ``ProtocolError``, or ``OSError`` of a broken connection.
         """
         size, ancillary, flags, _ = self.sock.recvmsg_into([self._buffer], _ANCILLARY, _CLOEXEC)
+        self.read_bytes = size
         fds: list[int] | None = None
         if ancillary:
             fds = []
@@ -91,7 +93,6 @@ class Transport:
         if not size:
             close_fds(fds or ())
             return None
-        self.bytes_in += size
         return self.decoder.feed(bytes(self._view[:size]), fds)
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> bool:
