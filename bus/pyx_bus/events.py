@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from copy import copy
 
 import msgspec
 from msgpack import packb, unpackb
@@ -284,7 +285,8 @@ class Events:
                 waiting = peer.queued_bytes
                 if waiting > MAX_EVENT_QUEUE or (waiting and peer.user.queued_bytes > peer.user.max_queued_bytes):
                     self.fell_behind += 1
-                    subscription.cursor = tail.at(offset + begin)
+                    subscription.cursor = copy(tail)
+                    subscription.cursor.offset = offset + begin
                     continue
                 if not certain:
                     self._send_matching(subscription, source, data, frames[begin:end], offset + begin, time_ns)
