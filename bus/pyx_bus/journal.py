@@ -153,11 +153,14 @@ class Journal:
         # What the thread is to do; each is set before the events that wake it.
         self._dirty = False
         self._sealed: deque[Path] = deque()
+        self._doomed: deque[Path] = deque()
         self._table: tuple[int, OrderedDict[bytes, tuple[int, int]]] | None = None
         self._work = Event()
         self._hurry = Event()
         self._closing = False
+        self._closed = False
         self._thread: Thread | None = None
+        self._listed = 0  # the segment whose name is known to be on the disk
         self._state_lock = Lock()
         self._reserve = _RESERVE
         self._reserved_at = 0.0
@@ -203,7 +206,7 @@ class Journal:
         elif not state.clean and (state.boot_id != self._boot_id or scan.damaged or unreadable):
             _log.warning("events may be lost that a power cut or the disk took: offsets %d to %d", next_offset, state.reserved - 1)
             next_offset = max(next_offset, state.reserved)
-        if self._segments and next_offset == scan.next_offset:
+        if self._segments and not self._drop_empty() and next_offset == scan.next_offset:
             self._active = self._segments[-1]
             self._active.fd = os.open(self._active.path, os.O_RDWR | os.O_CLOEXEC)
         self.next_offset = next_offset
@@ -212,6 +215,8 @@ class Journal:
         if state is not None and not state.clean:
             for segment in self._segments:  # whoever wrote them didn't come to it
                 _sync(segment.path)
+        self._enforce(self._now_ns(), self.limits.segment_bytes)
+        self._unlink_doomed()
         self._write_state(next_offset + self._reserve, sync=True)
         self._reserved = next_offset + self._reserve
 
@@ -232,9 +237,14 @@ class Journal:
             self.size_bytes += segment.size
         while len(self._publishers) > MAX_PUBLISHERS:
             self._publishers.popitem(last=False)
-        if self._segments and self._segments[-1].size == HEAD_SIZE:  # its name may not be where the next event belongs
-            self._remove(self._segments[-1])
         return scan
+
+    def _drop_empty(self) -> bool:
+        """Remove the newest segment if there's nothing in it; the one before it isn't written any more."""
+        empty = self._segments[-1].size == HEAD_SIZE
+        if empty:
+            self._remove(self._segments[-1])
+        return empty
 
     def _set_aside(self, path: Path) -> bool:
         """A file that isn't ours or whose head is damaged: never read, never in the way. Whether there were events in it."""
@@ -285,7 +295,7 @@ class Journal:
         if after > self._reserved:
             self._extend_reserve(after)
         if segment is None or (segment.size + size > self.limits.segment_bytes and segment.size > HEAD_SIZE):
-            segment = self._roll(time_ns)
+            segment = self._roll(time_ns, size)
         try:
             written = os.pwritev(segment.fd, parts, segment.size)
         except OSError:
@@ -296,11 +306,12 @@ class Journal:
         self.size_bytes += size
         self.next_offset = after
         self.last_time_ns = time_ns
-        publishers = self._publishers
-        publishers[publisher] = (last_sequence, after)
-        publishers.move_to_end(publisher)
-        if len(publishers) > MAX_PUBLISHERS:
-            publishers.popitem(last=False)
+        if publisher:
+            publishers = self._publishers
+            publishers[publisher] = (last_sequence, after)
+            publishers.move_to_end(publisher)
+            if len(publishers) > MAX_PUBLISHERS:
+                publishers.popitem(last=False)
         if not self._dirty:
             self._dirty = True
             self._wake()
@@ -327,16 +338,18 @@ class Journal:
 
     def _make_room(self) -> bool:
         """Give up the oldest segment, if that isn't the one that's written."""
+        if self._unlink_doomed():
+            return True
         if not self._segments or self._segments[0] is self._active:
             return False
         _log.warning("the disk is full: the journal gives up its oldest events, %s", self._segments[0].path.name)
         self._remove(self._segments[0])
-        return True
+        return self._unlink_doomed()
 
-    def _roll(self, time_ns: int) -> Segment:
-        """Begin a new segment."""
+    def _roll(self, time_ns: int, size: int) -> Segment:
+        """Begin a new segment, with room for a record of ``size`` bytes. Raises ``JournalError``."""
         self._seal()
-        self._enforce(self._now_ns())
+        self._enforce(self._now_ns(), max(self.limits.segment_bytes, HEAD_SIZE + size))
         while True:
             try:
                 segment = create_segment(self._directory, self._id, self.next_offset, time_ns)
@@ -367,22 +380,39 @@ class Journal:
         if segment is self._active:
             self._active = None
         self.size_bytes -= segment.size
-        segment.path.unlink(missing_ok=True)
+        self._doomed.append(segment.path)
+
+    def _unlink_doomed(self) -> bool:
+        """Remove the files of segments that were given up: milliseconds for each, so mostly the thread does it. Whether there were any."""
+        any_there = False
+        while self._doomed:
+            try:
+                self._doomed.popleft().unlink(missing_ok=True)
+                any_there = True
+            except IndexError:  # the other thread was quicker
+                break
+            except OSError as e:
+                _log.error("can't remove an old segment of the journal of events: %s", e)
+        return any_there
 
     def expire(self, now_ns: int) -> None:
         """Remove the oldest segments that are over the limits of size and age. To be called every minute or so."""
         if self._active is not None and self._active.first_time_ns < now_ns - int(self.limits.max_age_s * 1e9):
             self._seal()
-        self._enforce(now_ns)
+        self._enforce(now_ns, self.limits.segment_bytes)
+        if self._doomed:
+            self._hurry.set()
+            self._wake()
 
-    def _enforce(self, now_ns: int) -> None:
+    def _enforce(self, now_ns: int, room: int) -> None:
+        """Give up old segments until the others are within the limits, with ``room`` set aside for the active one."""
         had = bool(self._segments)
         too_old = now_ns - int(self.limits.max_age_s * 1e9)
         while self._segments and self._segments[0] is not self._active:
-            # A segment's last event isn't younger than the next one's first. The active segment has its room set aside.
+            # A segment's last event isn't younger than the next one's first.
             last_time = self._segments[1].first_time_ns if len(self._segments) > 1 else self.last_time_ns
             active = self._active.size if self._active is not None else 0
-            if last_time >= too_old and self.size_bytes - active <= self.limits.max_bytes - self.limits.segment_bytes:
+            if last_time >= too_old and self.size_bytes - active <= self.limits.max_bytes - room:
                 break
             self._remove(self._segments[0])
         publishers, oldest = self._publishers, self.oldest_offset
@@ -492,7 +522,7 @@ class Journal:
         if not segment.damaged:
             segment.damaged = True
             _log.error("%s is damaged at byte %d: events from offset %d on are lost", segment.path.name, position, cursor.offset)
-        good = next_good(fd, position, segment.size, cursor.offset)
+        good = next_good(fd, position, segment.size, segment.first_offset)
         cursor._position = segment.size if good is None else good
         return length
 
@@ -520,24 +550,28 @@ class Journal:
             self._hurry.clear()
             try:
                 self._synchronise_once()
-            except OSError as e:
+            except (JournalError, OSError) as e:
                 _log.error("can't put the journal of events on the disk: %s", e)
 
     def _synchronise_once(self) -> None:
+        """Raises ``JournalError`` or ``OSError``, whatever comes first; the rest is to be done next time."""
         self._dirty = False
-        active = self._active
-        if active is not None:
-            _sync(active.path)
+        if self._reserved - self.next_offset < self._reserve >> 1:
+            self._extend_reserve(0)
+        self._unlink_doomed()
         directory = bool(self._sealed)
         while self._sealed:
             _sync(self._sealed.popleft())
+        active = self._active
+        if active is not None:
+            _sync(active.path)
+            directory = directory or active.first_offset != self._listed
+        if directory:
+            _sync(self._directory)
+            self._listed = active.first_offset if active is not None else 0
         table, self._table = self._table, None
         if table is not None:
             write_table(self._directory / "publishers", self._id, *table)
-        if directory:
-            _sync(self._directory)
-        if self._reserved - self.next_offset < self._reserve >> 1:
-            self._extend_reserve(0)
 
     def _extend_reserve(self, at_least: int) -> None:
         """Let offsets go on, after the disk knows of it."""
@@ -567,8 +601,10 @@ class Journal:
                 _log.error("can't write the journal's state: %s", e)
 
     def close(self) -> None:
-        """Put everything on the disk, and say that it's all there."""
-        self._closing = True
+        """Put everything on the disk, and say that it's all there. Closing it again does nothing."""
+        if self._closed:
+            return
+        self._closing = self._closed = True
         if self._thread is not None:
             self._hurry.set()
             self._work.set()
@@ -577,7 +613,7 @@ class Journal:
             self._synchronise_once()
             write_table(self._directory / "publishers", self._id, self.next_offset, self._publishers)
             self._write_state(self._reserved, sync=True, clean=True)
-        except OSError as e:
+        except (JournalError, OSError) as e:
             _log.error("can't put the journal of events on the disk: %s", e)
         self._close_files()
 

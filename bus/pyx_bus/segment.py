@@ -4,7 +4,7 @@ All numbers are little endian; every checksum is CRC-32 (zlib's) over what follo
 
 *Segment*, ``<offset of its first event, 20 digits>.seg``: a head, then records, one after the other. Nothing is ever changed in it::
 
-    head:    magic 8 bytes · version u32 · crc32 u32 · journal's identity 16 bytes · first offset u64 · time of the first event u64
+    head:    magic 8 bytes · crc32 u32 · version u32 · journal's identity 16 bytes · first offset u64 · time of the first event u64
     record:  size u32 (of all of it) · crc32 u32 · first offset u64 · time_ns u64 · last sequence number u64 · count u32
              · length of source u8 · length of publisher u8 · 2 bytes 0 · source · publisher · `count` PUBLISH frames (wire.py) verbatim
 
@@ -32,7 +32,7 @@ SUFFIX = ".seg"
 HEAD = Struct("<8sII16sQQ")
 HEAD_SIZE = HEAD.size
 _HEAD_MAGIC = b"pyxevent"
-_HEAD_REST = Struct("<16sQQ")
+_HEAD_REST = Struct("<I16sQQ")
 
 RECORD = Struct("<IIQQQIBB2x")
 RECORD_SIZE = RECORD.size
@@ -40,13 +40,12 @@ RECORD_REST = Struct("<QQQIBB2x")
 CHECKED_FROM = 8  # the checksum is over what follows it
 
 _STATE = Struct("<8sII16s36sQQQQB")
-_STATE_REST = Struct("<16s36sQQQQB")
+_STATE_REST = Struct("<I16s36sQQQQB")
 _STATE_MAGIC = b"pyxstate"
 _SLOT_SIZE = 512  # a disk writes a sector as a whole
 
 _TABLE = Struct("<8sII16sQI")
-_TABLE_START = Struct("<8sII")
-_TABLE_REST = Struct("<16sQI")
+_TABLE_REST = Struct("<I16sQI")
 _TABLE_MAGIC = b"pyxpubls"
 _TABLE_ENTRY = Struct("<QQB")
 
@@ -91,8 +90,8 @@ def create_segment(directory: Path, journal_id: bytes, first_offset: int, time_n
     segment = Segment(path, first_offset, time_ns, HEAD_SIZE)
     segment.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        rest = _HEAD_REST.pack(journal_id, first_offset, time_ns)
-        write_all(segment.fd, HEAD.pack(_HEAD_MAGIC, VERSION, crc32(rest), journal_id, first_offset, time_ns), 0)
+        rest = _HEAD_REST.pack(VERSION, journal_id, first_offset, time_ns)
+        write_all(segment.fd, _HEAD_MAGIC + crc32(rest).to_bytes(4, "little") + rest, 0)
     except BaseException:
         segment.close()
         os.unlink(path)
@@ -101,18 +100,18 @@ def create_segment(directory: Path, journal_id: bytes, first_offset: int, time_n
 
 
 def load_segment(path: Path) -> tuple[bytes, Segment] | None:
-    """The journal's identity and the segment, as its head says; None if that can't be trusted. Raises ``JournalError``: newer version."""
+    """The journal's identity and the segment, as its head says; None if that can't be trusted. Raises ``JournalError``: another version."""
     with open(path, "rb", buffering=0) as file:
         head = file.read(HEAD_SIZE)
         size = os.fstat(file.fileno()).st_size
     if len(head) < HEAD_SIZE:
         return None
-    magic, version, crc, journal_id, first_offset, time_ns = HEAD.unpack(head)
-    if magic != _HEAD_MAGIC:
+    magic, crc, version, journal_id, first_offset, time_ns = HEAD.unpack(head)
+    if magic != _HEAD_MAGIC or crc != crc32(head[HEAD_SIZE - _HEAD_REST.size :]):
         return None
-    if version > VERSION:
-        raise JournalError(f"'{path}' was written by a newer version of pyx (format {version}, this one knows {VERSION})")
-    if crc != crc32(head[HEAD.size - _HEAD_REST.size :]) or path.name != segment_name(first_offset):
+    if version != VERSION:
+        raise JournalError(f"'{path}' was written by another version of pyx (format {version}, not {VERSION})")
+    if path.name != segment_name(first_offset):
         return None
     return journal_id, Segment(path, first_offset, time_ns, size)
 
@@ -147,7 +146,7 @@ def check_record(fd: int, position: int, end: int) -> RecordHead | None:
 
 
 class Scan(NamedTuple):
-    """What's in a segment: up to where it's good, what comes after its last event, and whether more than a torn tail is missing."""
+    """What's in a segment: up to where it's good, what comes after its last event, and whether what's after that was once whole."""
 
     end: int
     next_offset: int
@@ -166,7 +165,7 @@ def scan_segment(segment: Segment, since: int, table: OrderedDict[bytes, tuple[i
 
 def _scan(fd: int, segment: Segment, since: int, table: OrderedDict[bytes, tuple[int, int]]) -> Scan:
     position, end = HEAD_SIZE, segment.size
-    wanted, last_time, damaged = segment.first_offset, segment.first_time_ns, False
+    wanted, last_time = segment.first_offset, segment.first_time_ns
     base, data = 0, b""
     while position < end:
         # Most records lie whole in what was read last; the others are looked at on their own.
@@ -178,8 +177,7 @@ def _scan(fd: int, segment: Segment, since: int, table: OrderedDict[bytes, tuple
         if record is None or record.first_offset < wanted:
             after = next_good(fd, position, end, wanted)
             if after is None:
-                return Scan(position, wanted, last_time, damaged or not _is_torn(fd, position, end))
-            damaged = True
+                return Scan(position, wanted, last_time, not _is_torn(fd, position, end))
             position = after
             continue
         wanted = record.first_offset + record.events
@@ -192,7 +190,7 @@ def _scan(fd: int, segment: Segment, since: int, table: OrderedDict[bytes, tuple
             table[publisher] = (record.last_sequence, wanted)
             table.move_to_end(publisher)
         position += record.size
-    return Scan(position, wanted, last_time, damaged)
+    return Scan(position, wanted, last_time, False)
 
 
 def _record_in(data: bytes, at: int, position: int) -> RecordHead | None:
@@ -218,9 +216,22 @@ def next_good(fd: int, position: int, end: int, wanted: int) -> int | None:
 
 
 def _is_torn(fd: int, position: int, end: int) -> bool:
-    """Whether what's at the end is the beginning of a record whose rest was never written: nobody was told of it then."""
-    head = os.pread(fd, RECORD_SIZE, position)
-    return len(head) < RECORD_SIZE or RECORD.unpack(head)[0] > end - position
+    """Whether what's at the end is the beginning of a record whose rest was never written: nobody was told of it then.
+
+    The events' own sizes say how long it was to be, so that a wrong size of the record doesn't pass for it.
+    """
+    data = os.pread(fd, end - position, position)
+    if len(data) < RECORD_SIZE:
+        return True
+    _, _, _, _, _, count, source_size, publisher_size = RECORD.unpack_from(data)
+    at = RECORD_SIZE + source_size + publisher_size
+    while count and len(data) - at >= 4:
+        size = int.from_bytes(data[at : at + 4], "little")
+        if size < 4:
+            return False
+        at += size
+        count -= 1
+    return at > len(data) or count > 0
 
 
 class State(NamedTuple):
@@ -251,17 +262,17 @@ class StateFile:
             raise JournalError(f"the journal in '{path.parent}' is in use by another broker", e.errno or 0) from e
 
     def read(self) -> State | None:
-        """The newest whole slot. Raises ``JournalError`` if a newer version wrote it."""
+        """The newest whole slot. Raises ``JournalError`` if another version wrote it."""
         newest: State | None = None
         for slot in range(2):
             data = os.pread(self.fd, _STATE.size, slot * _SLOT_SIZE)
             if len(data) < _STATE.size:
                 continue
-            magic, version, crc, journal_id, boot_id, generation, next_offset, reserved, time_ns, clean = _STATE.unpack(data)
+            magic, crc, version, journal_id, boot_id, generation, next_offset, reserved, time_ns, clean = _STATE.unpack(data)
             if magic != _STATE_MAGIC or crc != crc32(data[_STATE.size - _STATE_REST.size :]):
                 continue
-            if version > VERSION:
-                raise JournalError(f"the journal was written by a newer version of pyx (format {version}, this one knows {VERSION})")
+            if version != VERSION:
+                raise JournalError(f"the journal was written by another version of pyx (format {version}, not {VERSION})")
             state = State(journal_id, boot_id, generation, next_offset, reserved, time_ns, bool(clean))
             if newest is None or state.generation > newest.generation:
                 newest = state
@@ -269,9 +280,8 @@ class StateFile:
 
     def write(self, state: State, *, sync: bool) -> None:
         """Raises ``OSError``; what was there before is then still there."""
-        rest = _STATE_REST.pack(*state)
-        data = _STATE.pack(_STATE_MAGIC, VERSION, crc32(rest), *state)
-        write_all(self.fd, data, state.generation % 2 * _SLOT_SIZE)
+        rest = _STATE_REST.pack(VERSION, *state)
+        write_all(self.fd, _STATE_MAGIC + crc32(rest).to_bytes(4, "little") + rest, state.generation % 2 * _SLOT_SIZE)
         if sync:
             os.fdatasync(self.fd)
 
@@ -282,11 +292,11 @@ class StateFile:
 def write_table(path: Path, journal_id: bytes, offset: int, table: OrderedDict[bytes, tuple[int, int]]) -> None:
     """Replace the table of publishers, which holds up to ``offset``. Raises ``OSError``."""
     entries = b"".join(_TABLE_ENTRY.pack(*value, len(publisher)) + publisher for publisher, value in table.items())
-    rest = _TABLE_REST.pack(journal_id, offset, len(table)) + entries
+    rest = _TABLE_REST.pack(VERSION, journal_id, offset, len(table)) + entries
     new = path.with_suffix(".new")
     fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        write_all(fd, _TABLE_START.pack(_TABLE_MAGIC, VERSION, crc32(rest)) + rest, 0)
+        write_all(fd, _TABLE_MAGIC + crc32(rest).to_bytes(4, "little") + rest, 0)
         os.fdatasync(fd)
     except OSError:
         os.unlink(new)
@@ -305,7 +315,7 @@ def read_table(path: Path, journal_id: bytes) -> tuple[int, OrderedDict[bytes, t
         return 0, table
     if len(data) < _TABLE.size:
         return 0, table
-    magic, version, crc, owner, offset, count = _TABLE.unpack_from(data)
+    magic, crc, version, owner, offset, count = _TABLE.unpack_from(data)
     if magic != _TABLE_MAGIC or version != VERSION or owner != journal_id or crc != crc32(data[_TABLE.size - _TABLE_REST.size :]):
         return 0, table
     at = _TABLE.size
