@@ -103,8 +103,8 @@ class Broker:
         self.buffer = bytearray(READ_SIZE)
         self.dirty: dict[int, Connection] = {}
         self._journal = Journal(directory / "journal", limits or Limits())
-        positions = Positions(directory / "durable")
-        self.events = Events(self._journal, positions, time.time_ns, time.monotonic_ns)
+        self._positions = Positions(directory / "durable", self._journal.id)
+        self.events = Events(self._journal, self._positions, time.time_ns, time.monotonic_ns)
         self.router = Router(self.events, time.time_ns, time.monotonic_ns)
         self._listener = listener
         self._connections: dict[int, Connection] = {}
@@ -197,6 +197,7 @@ class Broker:
         for peer in list(self._connections.values()):
             self._forget(peer)
         self._epoll.close()
+        self._positions.close()
         self._journal.close()
 
     # --- connections -------------------------------------------------------------------------------------------------

@@ -99,6 +99,7 @@ class Events:
         self._monotonic_ns = monotonic_ns
         self._subscriptions: dict[tuple[int, int], Subscription] = {}
         self._generation = 0
+        self._same: dict[Recipients, Recipients] = {}  # so that neighbours with equal recipients have the same object
         self._durable: dict[str, Subscription] = {}
         self._beating: set[Subscription] = set()
         self._recent: dict[bytes, deque[tuple[int, int, int]]] = {}  # publisher → (first, last sequence, offset after)
@@ -215,7 +216,8 @@ class Events:
             passes = subscription.filter.topic(topic, name)
             if passes is not False:
                 found.append((subscription, passes is True))
-        return tuple(found)
+        recipients = tuple(found)
+        return self._same.setdefault(recipients, recipients)
 
     def _keep(
         self,
@@ -272,36 +274,34 @@ class Events:
         tail: Cursor,
     ) -> None:
         time_ns = self.journal.last_time_ns
-        for recipients, begin, end in groups:
-            if not recipients:
+        packed: dict[
+            tuple[int, int, int], tuple[bytes, bytes]
+        ] = {}  # made once for all that have the same subscription ID
+        for (subscription, certain), begin, end in _by_recipient(groups):
+            if subscription.cursor is not None:
+                continue  # it will read this from the journal
+            peer = subscription.peer
+            waiting = peer.queued_bytes
+            if waiting > MAX_EVENT_QUEUE or (waiting and peer.user.queued_bytes > peer.user.max_queued_bytes):
+                self.fell_behind += 1
+                subscription.cursor = copy(tail)
+                subscription.cursor.offset = offset + begin
                 continue
-            whole = end - begin == len(frames)
-            chunk = data if whole else data[frames[begin][0] : frames[end - 1][2]]
-            packed: dict[int, bytes] = {}  # by subscription ID: most connections have one, so that this is made once
-            for subscription, certain in recipients:
-                if subscription.cursor is not None:
-                    continue  # it will read this from the journal
-                peer = subscription.peer
-                waiting = peer.queued_bytes
-                if waiting > MAX_EVENT_QUEUE or (waiting and peer.user.queued_bytes > peer.user.max_queued_bytes):
-                    self.fell_behind += 1
-                    subscription.cursor = copy(tail)
-                    subscription.cursor.offset = offset + begin
-                    continue
-                if not certain:
-                    self._send_matching(subscription, source, data, frames[begin:end], offset + begin, time_ns)
-                    continue
-                head = packed.get(subscription.id)
-                if head is None:
-                    head = encode_batch_head(source, subscription.id, end - begin, offset + begin, time_ns, len(chunk))
-                    if len(chunk) < _JOIN_BELOW:
-                        head += chunk
-                    packed[subscription.id] = head
-                peer.send(head)
-                if len(chunk) >= _JOIN_BELOW:
-                    peer.send(chunk)
-                if subscription.heartbeat_ns:
-                    subscription.quiet_since_ns = self._monotonic_ns()
+            if not certain:
+                self._send_matching(subscription, source, data, frames[begin:end], offset + begin, time_ns)
+                continue
+            key = (subscription.id, begin, end)
+            pair = packed.get(key)
+            if pair is None:
+                chunk = data if end - begin == len(frames) else data[frames[begin][0] : frames[end - 1][2]]
+                head = encode_batch_head(source, subscription.id, end - begin, offset + begin, time_ns, len(chunk))
+                pair = packed[key] = (head + chunk, b"") if len(chunk) < _JOIN_BELOW else (head, chunk)
+            head, chunk = pair
+            peer.send(head)
+            if chunk:
+                peer.send(chunk)
+            if subscription.heartbeat_ns:
+                subscription.quiet_since_ns = self._monotonic_ns()
 
     def _send_matching(
         self, subscription: Subscription, source: bytes, data: bytes, frames: Bounds, offset: int, time_ns: int
@@ -451,10 +451,14 @@ class Events:
         peer.subscriptions[subscription.id] = subscription
         peer.user.subscriptions += 1
         self._subscriptions[peer.id, subscription.id] = subscription
-        self._generation += 1
+        self._changed()
         if subscription.heartbeat_ns:
             subscription.quiet_since_ns = self._monotonic_ns()
             self._beating.add(subscription)
+
+    def _changed(self) -> None:
+        self._generation += 1
+        self._same.clear()
 
     def unsubscribe(self, peer: Peer, subscription_id: int) -> None:
         """No more for this one. Unknown IDs are ignored: a client may have given up before it was told of a failure."""
@@ -463,7 +467,7 @@ class Events:
             return
         peer.user.subscriptions -= 1
         del self._subscriptions[peer.id, subscription_id]
-        self._generation += 1
+        self._changed()
         self._beating.discard(subscription)
         self.ready.pop(subscription, None)
         if subscription.position is not None:
@@ -479,8 +483,11 @@ class Events:
             raise ProtocolError(f"{frame!r} acknowledges what it wasn't sent, or isn't durable")
         subscription.position.ack(frame.arg)
 
-    def forget(self, name: str) -> None:
-        """Remove a durable subscription. Raises ``Conflict`` while it's in use, ``NotFound``."""
+    def forget(self, peer: Peer, name: str) -> None:
+        """Remove a durable subscription. Raises ``Conflict`` while it's in use, ``NotFound``, ``PermissionDenied``."""
+        known = self.positions.get(name)
+        if known is not None and peer.role != ROOT and known.uid != peer.uid:
+            raise errors.PermissionDenied(f'the durable subscription "{name}" belongs to user {known.uid}')
         if name in self._durable:
             raise errors.Conflict(
                 f'the durable subscription "{name}" is in use by process {self._durable[name].peer.pid}'
@@ -538,6 +545,22 @@ class Events:
             }
             for position in self.positions.list()
         ]
+
+
+def _by_recipient(groups: list[tuple[Recipients, int, int]]) -> list[tuple[tuple[Subscription, bool], int, int]]:
+    """Who gets which stretches of the run; for each they're as long as they can be."""
+    if len(groups) == 1:
+        recipients, begin, end = groups[0]
+        return [(recipient, begin, end) for recipient in recipients]
+    found: dict[Subscription, list[tuple[tuple[Subscription, bool], int, int]]] = {}
+    for recipients, begin, end in groups:
+        for recipient in recipients:
+            stretches = found.setdefault(recipient[0], [])
+            if stretches and stretches[-1][0] == recipient and stretches[-1][2] == begin:
+                stretches[-1] = (recipient, stretches[-1][1], end)
+            else:
+                stretches.append((recipient, begin, end))
+    return [stretch for stretches in found.values() for stretch in stretches]
 
 
 def _cut(data: bytes, frames: Bounds, begin: int, end: int | None = None) -> tuple[bytes, Bounds]:

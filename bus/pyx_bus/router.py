@@ -340,13 +340,13 @@ class Router:
         try:
             if peer.role == MONITOR and frame.route in _CHANGING:
                 raise errors.PermissionDenied(f"{frame.route.decode()} is not for monitors")
-            body = self._answer_own(frame)
+            body = self._answer_own(peer, frame)
         except errors.BusError as error:
             return self._error(peer, frame.serial, error)
         peer.send(encode(RESULT, b"", packb(body), 0, frame.serial))
         return None
 
-    def _answer_own(self, frame: Frame) -> dict[str, object]:
+    def _answer_own(self, peer: Peer, frame: Frame) -> dict[str, object]:
         if frame.route == b"bus.services":
             return {"services": [self._describe(name, service) for name, service in sorted(self.services.items())]}
         if frame.route == b"bus.stats":
@@ -357,7 +357,7 @@ class Router:
             name = unpack_map(frame).get("name")
             if not isinstance(name, str):
                 raise errors.InvalidArgument("which durable subscription?")
-            self.events.forget(name)
+            self.events.forget(peer, name)
             return {}
         raise errors.Unimplemented(f'no method "{frame.route.decode(errors="replace")}"')
 
