@@ -28,7 +28,7 @@ _SETTINGS = {
 
 def limits(config: dict[str, Any]) -> Limits:
     """The journal's bounds from the table ``[bus]`` of the configuration. Raises ``InvalidArgument``."""
-    known = {}
+    known: dict[str, Any] = {}
     for name, value in config.items():
         if name not in _SETTINGS:
             raise errors.InvalidArgument(f'unknown setting "{name}" in [bus]', hint=f"known: {', '.join(_SETTINGS)}")

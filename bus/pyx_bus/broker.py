@@ -50,13 +50,14 @@ _IN, _OUT = select.EPOLLIN, select.EPOLLOUT
 class Connection(Peer):
     """A peer on a socket. ``accounted`` is what of ``user.queued_bytes`` is due to it."""
 
-    __slots__ = ("accounted", "blocked", "broker", "transport")
+    __slots__ = ("accounted", "blocked", "broker", "sock", "transport")
 
     def __init__(
         self, broker: Broker, sock: socket.socket, user: User, gid: int, pid: int, role: str, may_be: str
     ) -> None:
         super().__init__(user, gid, pid, role, may_be)
         self.broker = broker
+        self.sock = sock
         self.transport = Transport(sock, first_frame_limit=MAX_HELLO, runs=True, buffer=broker.buffer)
         self.blocked = False
         self.accounted = 0
@@ -171,7 +172,7 @@ class Broker:
         while self._unintroduced and (self._unintroduced[0][0] <= now or self._unintroduced[0][1].name):
             _, peer = self._unintroduced.popleft()
             if not peer.name and not peer.transport.closed:
-                self._refuse(peer.transport.sock, errors.DeadlineExceeded(f"no HELLO within {HELLO_TIMEOUT_S} s"))
+                self._refuse(peer.sock, errors.DeadlineExceeded(f"no HELLO within {HELLO_TIMEOUT_S} s"))
                 self._end(peer)
         while self._condemned:
             peer, reason = self._condemned.popitem()
@@ -273,7 +274,7 @@ class Broker:
         except ProtocolError as error:
             self.router.protocol_errors += 1
             log.warning('protocol error peer="%s" pid=%d uid=%d error="%s"', peer.name, peer.pid, peer.uid, error)
-            self._refuse(transport.sock, errors.InvalidArgument(str(error)))
+            self._refuse(peer.sock, errors.InvalidArgument(str(error)))
             self._end(peer)
         except OSError as error:
             if error.errno not in (errno.ECONNRESET, errno.EPIPE, errno.EBADF):

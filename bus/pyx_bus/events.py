@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from copy import copy
+from typing import TypeGuard
 
 import msgspec
 from msgpack import packb, unpackb
@@ -48,6 +49,7 @@ from .wire import (
 MAX_EVENT_QUEUE = 1 << 20
 MAX_SUBSCRIPTIONS_PER_PEER = 64
 MIN_HEARTBEAT_MS = 100
+MAX_HEARTBEAT_MS = 24 * 3600 * 1000
 # Topics a publisher's recipients are remembered for. The contract has some dozens.
 MAX_ROUTES = 4096
 # Runs of a publisher of which the offsets are remembered: a service's answer tells the last event before it, which is mostly the last.
@@ -385,19 +387,8 @@ class Events:
         """Answers with RESULT; raises ``BusError``s of what is wrong with the request, ``ProtocolError``."""
         body = unpack_map(frame)
         filter_ = parse(body.get("patterns"), body.get("filters"))
-        since, since_ns = body.get("since"), body.get("since_ns")
-        name, heartbeat_ms = body.get("durable"), body.get("heartbeat_ms") or 0
-        if not (since is None or since == "beginning" or _is_offset(since)) or not (
-            since_ns is None or _is_offset(since_ns)
-        ):
-            raise errors.InvalidArgument(
-                f'since must be an offset, "beginning" or null, not {since!r}; since_ns a time in ns'
-            )
-        if not _is_offset(heartbeat_ms) or 0 < heartbeat_ms < MIN_HEARTBEAT_MS:
-            raise errors.InvalidArgument(f"heartbeat_ms must be at least {MIN_HEARTBEAT_MS}, not {heartbeat_ms!r}")
-        if name is not None and not isinstance(name, str):
-            raise errors.InvalidArgument(f"a durable subscription's name is a text, not {name!r}")
-        if isinstance(since, int) and since > self.journal.next_offset:
+        since, since_ns, heartbeat_ms, name = _options(body)
+        if since is not None and since > self.journal.next_offset:
             raise errors.InvalidArgument(
                 f"offset {since} is beyond the journal's end, {self.journal.next_offset}",
                 hint="is it another journal's?",
@@ -411,26 +402,23 @@ class Events:
             raise errors.ResourceExhausted(
                 f"more than {MAX_SUBSCRIPTIONS_PER_PEER} subscriptions of a connection or {peer.user.max_subscriptions} of a user"
             )
-        subscription = Subscription(peer, frame.peer, filter_, min(heartbeat_ms, 1 << 40))
-        start = self._start(since, since_ns)
+        subscription = Subscription(peer, frame.peer, filter_, heartbeat_ms)
+        start = self.journal.next_offset if since is None else since
         if name:
-            start = self._open_durable(subscription, name, start)
+            if since_ns is not None and self.positions.get(name) is None:
+                raise errors.InvalidArgument(
+                    f'the new durable subscription "{name}" can\'t begin at a time, but at an offset'
+                )
+            start, since_ns = self._open_durable(subscription, name, start), None
         self._add(subscription)
-        if start != self.journal.next_offset:
-            cursor = (
-                self.journal.seek_time(since_ns) if start < 0 and _is_offset(since_ns) else self.journal.seek(start)
-            )
-            subscription.cursor = cursor
-            self.ready[subscription] = None
-        peer.send(encode(RESULT, b"", packb({"next_offset": max(start, 0), "bus": self.journal.id}), 0, frame.serial))
-
-    def _start(self, since: object, since_ns: object) -> int:
-        """The offset to begin at; 0 for the oldest there is, -1 for a time."""
         if since_ns is not None:
-            return -1
-        if since is None:
-            return self.journal.next_offset
-        return since if isinstance(since, int) else 0
+            subscription.cursor = self.journal.seek_time(since_ns)
+            start = 0  # not known before it's read
+        elif start != self.journal.next_offset:
+            subscription.cursor = self.journal.seek(start)
+        if subscription.cursor is not None:
+            self.ready[subscription] = None
+        peer.send(encode(RESULT, b"", packb({"next_offset": start, "bus": self.journal.id}), 0, frame.serial))
 
     def _open_durable(self, subscription: Subscription, name: str, start: int) -> int:
         if name in self._durable:
@@ -572,7 +560,29 @@ def _cut(data: bytes, frames: Bounds, begin: int, end: int | None = None) -> tup
     return data[base : part[-1][2]], [(start - base, payload - base, stop - base) for start, payload, stop in part]
 
 
-def _is_offset(value: object) -> bool:
+def _options(body: dict[str, object]) -> tuple[int | None, int | None, int, str]:
+    """(since as an offset, 0 for the beginning; since_ns; heartbeat_ms; the durable name or "") of a SUBSCRIBE.
+
+    Raises ``InvalidArgument``.
+    """
+    since, since_ns = body.get("since"), body.get("since_ns")
+    name, heartbeat_ms = body.get("durable") or "", body.get("heartbeat_ms") or 0
+    if since == "beginning":
+        since = 0
+    if not (since is None or _is_offset(since)) or not (since_ns is None or _is_offset(since_ns)):
+        raise errors.InvalidArgument(
+            f'since must be an offset, "beginning" or null, not {since!r}; since_ns a time in ns'
+        )
+    if not _is_offset(heartbeat_ms) or not (heartbeat_ms == 0 or MIN_HEARTBEAT_MS <= heartbeat_ms <= MAX_HEARTBEAT_MS):
+        raise errors.InvalidArgument(
+            f"heartbeat_ms must be {MIN_HEARTBEAT_MS} to {MAX_HEARTBEAT_MS}, not {heartbeat_ms!r}"
+        )
+    if not isinstance(name, str):
+        raise errors.InvalidArgument(f"a durable subscription's name is a text, not {name!r}")
+    return since, since_ns, heartbeat_ms, name
+
+
+def _is_offset(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 

@@ -11,7 +11,8 @@ import trio
 
 from . import service as _service
 from .broker import Broker, make
-from .service import Context, Setup, service_context, stack_prefix
+from .process import stack_prefix
+from .service import Context, Setup, service_context
 
 
 @asynccontextmanager

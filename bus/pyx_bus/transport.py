@@ -53,7 +53,7 @@ class Transport:
     brought. ``runs``: see ``Decoder``.
     """
 
-    __slots__ = ("_buffer", "_view", "read_bytes", "closed", "decoder", "fd", "queue", "queued_bytes", "sock")
+    __slots__ = ("_buffer", "_view", "closed", "decoder", "fd", "queue", "queued_bytes", "read_bytes", "sock")
 
     def __init__(
         self,
