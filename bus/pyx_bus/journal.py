@@ -16,41 +16,36 @@ between.
 *A full disk.* The oldest segments make room; if there's none left, the append fails, leaves nothing behind, and the next one tries again.
 
 Every call is short: `append` is a checksum and a write, `read` takes about as many bytes as asked for. Not for several threads.
+keeper.py has the thread and the state, recovery.py what happens when a journal is opened.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import secrets
 import time
 from bisect import bisect_left, bisect_right
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable
 from logging import getLogger
 from pathlib import Path
-from threading import Event, Lock, Thread
 from typing import NamedTuple
 from zlib import crc32
 
+from .keeper import Keeper
+from .recovery import recover
 from .segment import (
     CHECKED_FROM,
     HEAD_SIZE,
     RECORD,
     RECORD_REST,
     RECORD_SIZE,
-    SUFFIX,
     JournalError,
-    Scan,
     Segment,
-    State,
     StateFile,
     create_segment,
-    load_segment,
+    failed,
     next_good,
-    read_table,
-    scan_segment,
-    write_table,
 )
 
 __all__ = ["Cursor", "Hole", "Journal", "JournalError", "Limits", "Record"]
@@ -59,11 +54,6 @@ _log = getLogger(__name__)
 
 # Publishers whose last sequence number is kept; those that haven't published for longest go.
 MAX_PUBLISHERS = 65_536
-# Offsets are reserved at least this far ahead; farther, up to the second, while they're used up in less than two seconds.
-_RESERVE = 65_536
-_RESERVE_MAX = 1 << 22
-# The state was lost, so nobody knows what was given out: more than any broker appends between two synchronisations.
-_RESERVE_UNKNOWN = 1 << 32
 # Descriptors of old segments kept open for readers.
 _OPEN_SEGMENTS = 16
 _READ_AT_LEAST = 4096
@@ -143,117 +133,41 @@ class Journal:
         self.limits = limits
         self._directory = directory
         self._now_ns = now_ns
-        self._boot_id = (boot_id if boot_id is not None else _boot_id()).encode()[:36].ljust(36, b"\0")
         self._segments: list[Segment] = []
         self._active: Segment | None = None
         self._open: deque[Segment] = deque()
-        self._publishers: OrderedDict[bytes, tuple[int, int]] = OrderedDict()
-        self.size_bytes = 0
-        self.last_time_ns = 0
-        # What the thread is to do; each is set before the events that wake it.
-        self._dirty = False
-        self._sealed: deque[Path] = deque()
-        self._doomed: deque[Path] = deque()
-        self._table: tuple[int, OrderedDict[bytes, tuple[int, int]]] | None = None
-        self._work = Event()
-        self._hurry = Event()
-        self._closing = False
+        self._failing = False
         self._closed = False
-        self._thread: Thread | None = None
-        self._listed = 0  # the segment whose name is known to be on the disk
-        self._state_lock = Lock()
-        self._reserve = _RESERVE
-        self._reserved_at = 0.0
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             directory.chmod(0o700)
             self._state_file = StateFile(directory / "state")
+            try:
+                self._load(boot_id if boot_id is not None else _boot_id())
+            except BaseException:
+                self._close_files()
+                raise
         except OSError as e:
-            raise _failed(f"can't open the journal in '{directory}'", e) from e
-        try:
-            self._load()
-        except BaseException as e:
-            self._close_files()
-            if isinstance(e, OSError):
-                raise _failed(f"can't open the journal in '{directory}'", e) from e
-            raise
+            raise failed(f"can't open the journal in '{directory}'", e) from e
 
-    # Opening
-
-    def _load(self) -> None:
-        state = self._state_file.read()
-        journal_id = state.journal_id if state is not None else b""
-        unreadable = False  # the newest file
-        for path in sorted(self._directory.glob("*" + SUFFIX)):
-            found = load_segment(path)
-            if found is not None:
-                journal_id = journal_id or found[0]
-            if found is None or found[0] != journal_id:
-                unreadable = self._set_aside(path)
-                continue
-            unreadable = False
-            self._segments.append(found[1])
-        self._id = journal_id or secrets.token_hex(8).encode()
+    def _load(self, boot_id: str) -> None:
+        state, self._segments, self._publishers, go_on = recover(self._directory, self._state_file.read(), boot_id)
+        self._id = state.journal_id
         self.id = self._id.decode()
-        table_offset, self._publishers = read_table(self._directory / "publishers", self._id)
-        scan = self._scan(table_offset)
-        next_offset = max(scan.next_offset, state.next_offset if state is not None else 1)
-        self.last_time_ns = max(scan.last_time_ns, state.time_ns if state is not None else 0)
-        if state is None:
-            if self._segments or unreadable:
-                _log.error("the journal's state is lost; it goes on at an offset that can't have been given out yet")
-                next_offset += _RESERVE_UNKNOWN
-        elif not state.clean and (state.boot_id != self._boot_id or scan.damaged or unreadable):
-            _log.warning("events may be lost that a power cut or the disk took: offsets %d to %d", next_offset, state.reserved - 1)
-            next_offset = max(next_offset, state.reserved)
-        if self._segments and not self._drop_empty() and next_offset == scan.next_offset:
-            self._active = self._segments[-1]
-            self._active.fd = os.open(self._active.path, os.O_RDWR | os.O_CLOEXEC)
-        self.next_offset = next_offset
-        self._reserved = next_offset
-        self._generation = state.generation if state is not None else 0
-        if state is not None and not state.clean:
-            for segment in self._segments:  # whoever wrote them didn't come to it
-                _sync(segment.path)
-        self._enforce(self._now_ns(), self.limits.segment_bytes)
-        self._unlink_doomed()
-        self._write_state(next_offset + self._reserve, sync=True)
-        self._reserved = next_offset + self._reserve
-
-    def _scan(self, table_offset: int) -> Scan:
-        """Find the end of the newest segment and cut off what isn't good there; read what the table of publishers doesn't have."""
-        scan = Scan(0, 1, 0, False)
-        for index, segment in enumerate(self._segments):
-            last = index == len(self._segments) - 1
-            if last or self._segments[index + 1].first_offset > table_offset:
-                scan = scan_segment(segment, table_offset, self._publishers)
-            if not last:
-                self.size_bytes += segment.size
-                continue
-            if scan.end < segment.size:
-                _log.warning("cut %d bytes off the end of %s", segment.size - scan.end, segment.path.name)
-                os.truncate(segment.path, scan.end)
-                segment.size = scan.end
-            self.size_bytes += segment.size
+        self.next_offset = state.next_offset
+        self.last_time_ns = state.time_ns
+        self.size_bytes = sum(segment.size for segment in self._segments)
         while len(self._publishers) > MAX_PUBLISHERS:
             self._publishers.popitem(last=False)
-        return scan
+        if go_on:
+            self._active = self._segments[-1]
+            self._active.fd = os.open(self._active.path, os.O_RDWR | os.O_CLOEXEC)
+        self._keeper = Keeper(self._directory, self._state_file, state, self.limits.sync_interval_s, self._progress)
+        self._enforce(self._now_ns(), self.limits.segment_bytes)
+        self._keeper.unlink()
 
-    def _drop_empty(self) -> bool:
-        """Remove the newest segment if there's nothing in it; the one before it isn't written any more."""
-        empty = self._segments[-1].size == HEAD_SIZE
-        if empty:
-            self._remove(self._segments[-1])
-        return empty
-
-    def _set_aside(self, path: Path) -> bool:
-        """A file that isn't ours or whose head is damaged: never read, never in the way. Whether there were events in it."""
-        if path.stat().st_size <= HEAD_SIZE:
-            path.unlink()
-            return False
-        _log.error("%s isn't a segment of this journal, or is damaged: set aside as %s.bad", path.name, path.name)
-        path.rename(path.with_name(path.name + ".bad"))
-        return True
+    def _progress(self) -> tuple[int, int, Segment | None]:
+        return self.next_offset, self.last_time_ns, self._active
 
     # What's there
 
@@ -292,8 +206,8 @@ class Journal:
         crc = crc32(frames, crc32(rest))
         parts = (size.to_bytes(4, "little") + crc.to_bytes(4, "little") + rest, frames)
         segment = self._active
-        if after > self._reserved:
-            self._extend_reserve(after)
+        if after > self._keeper.reserved:
+            self._keeper.extend(after)
         if segment is None or (segment.size + size > self.limits.segment_bytes and segment.size > HEAD_SIZE):
             segment = self._roll(time_ns, size)
         try:
@@ -302,6 +216,9 @@ class Journal:
             written = 0
         if written != size:
             self._write_again(segment, parts, size)
+        elif self._failing:
+            self._failing = False
+            _log.info("events can be written to the journal again")
         segment.size += size
         self.size_bytes += size
         self.next_offset = after
@@ -312,12 +229,11 @@ class Journal:
             publishers.move_to_end(publisher)
             if len(publishers) > MAX_PUBLISHERS:
                 publishers.popitem(last=False)
-        if not self._dirty:
-            self._dirty = True
-            self._wake()
-        if self._reserved - after < self._reserve >> 1 and not self._hurry.is_set():
-            self._hurry.set()
-            self._work.set()
+        keeper = self._keeper
+        if not keeper.dirty:
+            keeper.touched()
+        if after >= keeper.low:
+            keeper.hurry()
         return first
 
     def _write_again(self, segment: Segment, parts: tuple[bytes, bytes | memoryview], size: int) -> None:
@@ -334,17 +250,25 @@ class Journal:
                     os.ftruncate(segment.fd, segment.size)
                 except OSError as again:  # the next record goes over it all the same
                     _log.error("can't cut a record off that was written in part: %s", again)
-                raise _failed("can't write to the journal of events", e) from e
+                raise self._fail("can't write to the journal of events", e) from e
+
+    def _fail(self, what: str, error: OSError) -> JournalError:
+        """The error for the publisher; logged once until it works again."""
+        failure = failed(what, error)
+        if not self._failing:
+            self._failing = True
+            _log.error("%s; publishers will try again", failure)
+        return failure
 
     def _make_room(self) -> bool:
         """Give up the oldest segment, if that isn't the one that's written."""
-        if self._unlink_doomed():
+        if self._keeper.unlink():
             return True
         if not self._segments or self._segments[0] is self._active:
             return False
         _log.warning("the disk is full: the journal gives up its oldest events, %s", self._segments[0].path.name)
         self._remove(self._segments[0])
-        return self._unlink_doomed()
+        return self._keeper.unlink()
 
     def _roll(self, time_ns: int, size: int) -> Segment:
         """Begin a new segment, with room for a record of ``size`` bytes. Raises ``JournalError``."""
@@ -356,7 +280,7 @@ class Journal:
                 break
             except OSError as e:
                 if e.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._make_room():
-                    raise _failed("can't begin a new segment of the journal of events", e) from e
+                    raise self._fail("can't begin a new segment of the journal of events", e) from e
         self._segments.append(segment)
         self._active = segment
         self.size_bytes += segment.size
@@ -368,10 +292,7 @@ class Journal:
         if segment is None:
             return
         segment.close()
-        self._sealed.append(segment.path)
-        self._table = (self.next_offset, self._publishers.copy())
-        self._hurry.set()
-        self._wake()
+        self._keeper.seal(segment.path, self.next_offset, self._publishers.copy())
 
     def _remove(self, segment: Segment) -> None:
         segment.close()
@@ -380,33 +301,18 @@ class Journal:
         if segment is self._active:
             self._active = None
         self.size_bytes -= segment.size
-        self._doomed.append(segment.path)
-
-    def _unlink_doomed(self) -> bool:
-        """Remove the files of segments that were given up: milliseconds for each, so mostly the thread does it. Whether there were any."""
-        any_there = False
-        while self._doomed:
-            try:
-                self._doomed.popleft().unlink(missing_ok=True)
-                any_there = True
-            except IndexError:  # the other thread was quicker
-                break
-            except OSError as e:
-                _log.error("can't remove an old segment of the journal of events: %s", e)
-        return any_there
+        self._keeper.doom(segment.path)
 
     def expire(self, now_ns: int) -> None:
         """Remove the oldest segments that are over the limits of size and age. To be called every minute or so."""
         if self._active is not None and self._active.first_time_ns < now_ns - int(self.limits.max_age_s * 1e9):
             self._seal()
-        self._enforce(now_ns, self.limits.segment_bytes)
-        if self._doomed:
-            self._hurry.set()
-            self._wake()
+        if self._enforce(now_ns, self.limits.segment_bytes):
+            self._keeper.hurry()
 
-    def _enforce(self, now_ns: int, room: int) -> None:
-        """Give up old segments until the others are within the limits, with ``room`` set aside for the active one."""
-        had = bool(self._segments)
+    def _enforce(self, now_ns: int, room: int) -> bool:
+        """Give up old segments until the others are within the limits, with ``room`` set aside for the active one. Whether any went."""
+        had = len(self._segments)
         too_old = now_ns - int(self.limits.max_age_s * 1e9)
         while self._segments and self._segments[0] is not self._active:
             # A segment's last event isn't younger than the next one's first.
@@ -419,13 +325,15 @@ class Journal:
         while publishers and next(iter(publishers.values()))[1] <= oldest and len(publishers) > 1024:
             publishers.popitem(last=False)
         if had and not self._segments:  # nothing else says now how far offsets have got
-            self._save_state()
+            self._keeper.save()
+        return len(self._segments) < had
 
     # Reading
 
     def tail(self) -> Cursor:
         """Where the next event will be."""
-        return self.seek(self.next_offset)
+        segment = self._segments[-1] if self._segments else None
+        return Cursor(self.next_offset, segment, segment.size if segment is not None else 0)
 
     def seek(self, offset: int) -> Cursor:
         """At an offset: one that's gone gives a `Hole` first, one that isn't there yet waits for it. 0 is the oldest there is."""
@@ -534,88 +442,12 @@ class Journal:
                 self._open.popleft().close()
         return segment.fd
 
-    # The thread, and the end
-
-    def _wake(self) -> None:
-        if self._thread is None:  # not before there's something to do: a process with threads can't fork
-            self._thread = Thread(target=self._synchronise, name="journal", daemon=True)
-            self._thread.start()
-        self._work.set()
-
-    def _synchronise(self) -> None:
-        while not self._closing:
-            self._work.wait()
-            self._hurry.wait(self.limits.sync_interval_s)
-            self._work.clear()
-            self._hurry.clear()
-            try:
-                self._synchronise_once()
-            except (JournalError, OSError) as e:
-                _log.error("can't put the journal of events on the disk: %s", e)
-
-    def _synchronise_once(self) -> None:
-        """Raises ``JournalError`` or ``OSError``, whatever comes first; the rest is to be done next time."""
-        self._dirty = False
-        if self._reserved - self.next_offset < self._reserve >> 1:
-            self._extend_reserve(0)
-        self._unlink_doomed()
-        directory = bool(self._sealed)
-        while self._sealed:
-            _sync(self._sealed.popleft())
-        active = self._active
-        if active is not None:
-            _sync(active.path)
-            directory = directory or active.first_offset != self._listed
-        if directory:
-            _sync(self._directory)
-            self._listed = active.first_offset if active is not None else 0
-        table, self._table = self._table, None
-        if table is not None:
-            write_table(self._directory / "publishers", self._id, *table)
-
-    def _extend_reserve(self, at_least: int) -> None:
-        """Let offsets go on, after the disk knows of it."""
-        with self._state_lock:
-            if 0 < at_least <= self._reserved:
-                return
-            now = time.monotonic()
-            self._reserve = min(self._reserve * 2, _RESERVE_MAX) if now - self._reserved_at < 2 else _RESERVE
-            self._reserved_at = now
-            reserved = max(self.next_offset, at_least) + self._reserve
-            try:
-                self._write_state(reserved, sync=True)
-            except OSError as e:
-                raise _failed("can't reserve offsets for the journal of events", e) from e
-            self._reserved = reserved
-
-    def _write_state(self, reserved: int, *, sync: bool, clean: bool = False) -> None:
-        self._generation += 1
-        state = State(self._id, self._boot_id, self._generation, self.next_offset, reserved, self.last_time_ns, clean)
-        self._state_file.write(state, sync=sync)
-
-    def _save_state(self) -> None:
-        with self._state_lock:
-            try:
-                self._write_state(self._reserved, sync=False)
-            except OSError as e:
-                _log.error("can't write the journal's state: %s", e)
-
     def close(self) -> None:
         """Put everything on the disk, and say that it's all there. Closing it again does nothing."""
-        if self._closed:
-            return
-        self._closing = self._closed = True
-        if self._thread is not None:
-            self._hurry.set()
-            self._work.set()
-            self._thread.join()
-        try:
-            self._synchronise_once()
-            write_table(self._directory / "publishers", self._id, self.next_offset, self._publishers)
-            self._write_state(self._reserved, sync=True, clean=True)
-        except (JournalError, OSError) as e:
-            _log.error("can't put the journal of events on the disk: %s", e)
-        self._close_files()
+        if not self._closed:
+            self._closed = True
+            self._keeper.close(self._publishers)
+            self._close_files()
 
     def _close_files(self) -> None:
         for segment in self._segments:
@@ -637,22 +469,6 @@ def _skip_frames(data: bytes, start: int, count: int) -> int:
     return start
 
 
-def _sync(path: Path) -> None:
-    """fdatasync; a file that's gone meanwhile needs none."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return
-    try:
-        os.fdatasync(fd)
-    finally:
-        os.close(fd)
-
-
 def _boot_id() -> str:
     with open("/proc/sys/kernel/random/boot_id") as file:
         return file.read().strip()
-
-
-def _failed(what: str, error: OSError) -> JournalError:
-    return JournalError(f"{what}: {(error.strerror or str(error)).lower()}", error.errno or 0)

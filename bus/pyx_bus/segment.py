@@ -10,9 +10,15 @@ All numbers are little endian; every checksum is CRC-32 (zlib's) over what follo
 
 Offsets in a segment grow; where they leave some out, those are lost. A file whose head names another journal is never read.
 
-*State*, ``state``: two slots, written in turn and told apart by a generation, so that one of them is always whole.
+*State*, ``state``: two slots of 512 bytes, written in turn and told apart by a generation, so that one of them is always whole::
 
-*Publishers*, ``publishers``: what the journal keeps of every publisher up to an offset, replaced as a whole.
+    magic 8 bytes · crc32 u32 · version u32 · identity 16 bytes · boot's identity 36 bytes · generation u64 · next offset u64
+    · reserved u64 · time_ns u64 · clean u8
+
+*Publishers*, ``publishers``: what the journal keeps of every publisher up to an offset, replaced as a whole::
+
+    magic 8 bytes · crc32 u32 · version u32 · identity 16 bytes · offset u64 · count u32, then of each, the latest to publish last:
+    last sequence number u64 · offset after that event u64 · length u8 · publisher
 """
 
 from __future__ import annotations
@@ -50,6 +56,8 @@ _TABLE_MAGIC = b"pyxpubls"
 _TABLE_ENTRY = Struct("<QQB")
 
 SCAN_BYTES = 256 << 10
+# Offsets are never reserved farther ahead at a time.
+RESERVE_MAX = 1 << 22
 
 
 class JournalError(Exception):
@@ -223,8 +231,8 @@ def _is_torn(fd: int, position: int, end: int) -> bool:
     data = os.pread(fd, end - position, position)
     if len(data) < RECORD_SIZE:
         return True
-    _, _, _, _, _, count, source_size, publisher_size = RECORD.unpack_from(data)
-    at = RECORD_SIZE + source_size + publisher_size
+    count: int = RECORD.unpack_from(data)[5]
+    at: int = RECORD_SIZE + data[RECORD_SIZE - 4] + data[RECORD_SIZE - 3]
     while count and len(data) - at >= 4:
         size = int.from_bytes(data[at : at + 4], "little")
         if size < 4:
@@ -264,18 +272,20 @@ class StateFile:
     def read(self) -> State | None:
         """The newest whole slot. Raises ``JournalError`` if another version wrote it."""
         newest: State | None = None
+        doubtful = False
         for slot in range(2):
-            data = os.pread(self.fd, _STATE.size, slot * _SLOT_SIZE)
-            if len(data) < _STATE.size:
-                continue
+            data = os.pread(self.fd, _STATE.size, slot * _SLOT_SIZE).ljust(_STATE.size, b"\0")
             magic, crc, version, journal_id, boot_id, generation, next_offset, reserved, time_ns, clean = _STATE.unpack(data)
             if magic != _STATE_MAGIC or crc != crc32(data[_STATE.size - _STATE_REST.size :]):
+                doubtful = doubtful or data.strip(b"\0") != b""
                 continue
             if version != VERSION:
                 raise JournalError(f"the journal was written by another version of pyx (format {version}, not {VERSION})")
             state = State(journal_id, boot_id, generation, next_offset, reserved, time_ns, bool(clean))
             if newest is None or state.generation > newest.generation:
                 newest = state
+        if newest is not None and doubtful:  # the other one may have been newer, by one writing
+            newest = newest._replace(boot_id=bytes(36), reserved=newest.reserved + RESERVE_MAX, clean=False)
         return newest
 
     def write(self, state: State, *, sync: bool) -> None:
@@ -332,3 +342,19 @@ def write_all(fd: int, data: bytes, position: int) -> None:
     done = 0
     while done < len(data):
         done += os.pwrite(fd, data[done:] if done else data, position + done)
+
+
+def synchronise(path: Path) -> None:
+    """fdatasync; a file that's gone meanwhile needs none. Raises ``OSError``."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        os.fdatasync(fd)
+    finally:
+        os.close(fd)
+
+
+def failed(what: str, error: OSError) -> JournalError:
+    return JournalError(f"{what}: {(error.strerror or str(error)).lower()}", error.errno or 0)
