@@ -97,7 +97,7 @@ class Bench:
 
     def read_on(self) -> None:
         """Let those who catch up do so."""
-        while self.events.ready:
+        while self.events.subscriptions.ready:
             self.events.read_on()
 
 

@@ -129,7 +129,7 @@ class Broker:
 
     def timeout_s(self) -> float:
         """How long ``step`` may wait."""
-        if self.events.ready or self.dirty:
+        if self.events.subscriptions.ready or self.dirty:
             return 0.0
         now = time.monotonic()
         until = self._expire_at
@@ -138,7 +138,7 @@ class Broker:
         if self._accept_again_at:
             until = min(until, self._accept_again_at)
         wait = max(0.0, until - now)
-        beat_ns = self.events.beat()
+        beat_ns = self.events.subscriptions.beat()
         if beat_ns:
             self._flush()
             wait = min(wait, beat_ns / 1e9)
@@ -160,7 +160,7 @@ class Broker:
                 self._receive(peer)
                 if self.dirty:
                     self._flush()
-        if self.events.ready:
+        if self.events.subscriptions.ready:
             self.events.read_on()
         if self.dirty:
             self._flush()

@@ -16,29 +16,24 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from copy import copy
-from typing import TypeGuard
 
 import msgspec
-from msgpack import packb, unpackb
+from msgpack import packb
 
 from . import errors
-from .filters import Filter, parse
 from .journal import Cursor, Hole, Journal, JournalError, Record
 from .peers import Peer
-from .positions import Position, Positions
+from .positions import Positions
 from .roles import ROOT, owner_of
+from .subscriptions import Recipients, Subscription, Subscriptions
 from .wire import (
     ACK,
     ERROR,
     GAP,
     HEADER_SIZE,
-    HEARTBEAT,
     MAX_BATCH,
     MAX_EVENT,
     PUBLISH,
-    RESULT,
-    Frame,
-    ProtocolError,
     Run,
     encode,
     encode_batch_head,
@@ -47,9 +42,6 @@ from .wire import (
 
 # What waits for a subscriber that doesn't read, beyond what the kernel's socket buffer has; one batch more may be on top.
 MAX_EVENT_QUEUE = 1 << 20
-MAX_SUBSCRIPTIONS_PER_PEER = 64
-MIN_HEARTBEAT_MS = 100
-MAX_HEARTBEAT_MS = 24 * 3600 * 1000
 # Topics a publisher's recipients are remembered for. The contract has some dozens.
 MAX_ROUTES = 4096
 # Runs of a publisher of which the offsets are remembered: a service's answer tells the last event before it, which is mostly the last.
@@ -60,8 +52,6 @@ _well_formed = msgspec.msgpack.Decoder(msgspec.Raw).decode
 _MAP_MARKERS = frozenset((*range(0x80, 0x90), 0xDE, 0xDF))
 _TOPIC_BYTES = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789_-.")
 
-# (subscription, whether it's certain without a look at the payload)
-Recipients = tuple[tuple["Subscription", bool], ...]
 Bounds = list[tuple[int, int, int]]
 
 
@@ -74,21 +64,6 @@ class Refused(Exception):
         self.error = error
 
 
-class Subscription:
-    """``cursor`` is None while it's live. ``position`` keeps a durable one's place."""
-
-    __slots__ = ("cursor", "filter", "heartbeat_ns", "id", "peer", "position", "quiet_since_ns")
-
-    def __init__(self, peer: Peer, id_: int, filter_: Filter, heartbeat_ms: int) -> None:
-        self.peer = peer
-        self.id = id_
-        self.filter = filter_
-        self.heartbeat_ns = heartbeat_ms * 1_000_000
-        self.quiet_since_ns = 0
-        self.cursor: Cursor | None = None
-        self.position: Position | None = None
-
-
 class Events:
     """``now_ns`` is the wall clock, ``monotonic_ns`` the one that heartbeats go by."""
 
@@ -96,16 +71,10 @@ class Events:
         self, journal: Journal, positions: Positions, now_ns: Callable[[], int], monotonic_ns: Callable[[], int]
     ) -> None:
         self.journal = journal
-        self.positions = positions
         self._now_ns = now_ns
         self._monotonic_ns = monotonic_ns
-        self._subscriptions: dict[tuple[int, int], Subscription] = {}
-        self._generation = 0
-        self._same: dict[Recipients, Recipients] = {}  # so that neighbours with equal recipients have the same object
-        self._durable: dict[str, Subscription] = {}
-        self._beating: set[Subscription] = set()
+        self.subscriptions = Subscriptions(journal, positions, monotonic_ns)
         self._recent: dict[bytes, deque[tuple[int, int, int]]] = {}  # publisher → (first, last sequence, offset after)
-        self.ready: dict[Subscription, None] = {}  # reading ones that may go on, in turn
         self.published = 0
         self.duplicates = 0
         self.refused = 0
@@ -136,8 +105,10 @@ class Events:
                 groups = self._check(peer, data, frames)
             except Refused as refusal:
                 index = refusal.index
-                if index and not self._keep(peer, *_cut(data, frames, 0, index), first):
-                    return
+                if index:
+                    if not self._keep(peer, *_cut(data, frames, 0, index), first):
+                        return
+                    peer.send(encode(ACK, b"", b"", 0, 0, first + index - 1))
                 self.refused += 1
                 sequence = first + index
                 peer.send(encode(ERROR, b"", packb(errors.to_body(refusal.error)), 0, 0, sequence))
@@ -157,13 +128,13 @@ class Events:
             offset = self.journal.append(b"bus", b"", data, 1, 0, self._now_ns())
         except JournalError:
             return  # the journal has logged it; there's nobody to repeat it
-        self._deliver(b"bus", data, frames, offset, [(self._find(topic, b"bus"), 0, 1)], tail)
+        self._deliver(b"bus", data, frames, offset, [(self.subscriptions.find(topic, b"bus"), 0, 1)], tail)
 
     def _check(self, peer: Peer, data: bytes, frames: Bounds) -> list[tuple[Recipients, int, int]]:
         """Who gets what: (recipients, from, to) of neighbours with the same. Raises ``Refused``."""
-        if peer.routes_of != self._generation:
+        if peer.routes_of != self.subscriptions.generation:
             peer.routes = {}
-            peer.routes_of = self._generation
+            peer.routes_of = self.subscriptions.generation
         routes = peer.routes
         view = memoryview(data)
         groups: list[tuple[Recipients, int, int]] = []
@@ -208,18 +179,8 @@ class Events:
             )
         if len(peer.routes) >= MAX_ROUTES:
             peer.routes.clear()
-        found = peer.routes[route] = self._find(topic, peer.source)
+        found = peer.routes[route] = self.subscriptions.find(topic, peer.source)
         return found
-
-    def _find(self, topic: str, source: bytes) -> Recipients:
-        found = []
-        name = source.decode()
-        for subscription in self._subscriptions.values():
-            passes = subscription.filter.topic(topic, name)
-            if passes is not False:
-                found.append((subscription, passes is True))
-        recipients = tuple(found)
-        return self._same.setdefault(recipients, recipients)
 
     def _keep(
         self,
@@ -344,12 +305,12 @@ class Events:
         """The peer's queue is empty: what reads for it may go on."""
         for subscription in peer.subscriptions.values():
             if subscription.cursor is not None:
-                self.ready[subscription] = None
+                self.subscriptions.ready[subscription] = None
 
     def read_on(self) -> None:
         """A piece of the journal for the one of ``ready`` whose turn it is. To be called until ``ready`` is empty."""
-        subscription = next(iter(self.ready))
-        del self.ready[subscription]
+        subscription = next(iter(self.subscriptions.ready))
+        del self.subscriptions.ready[subscription]
         cursor, peer = subscription.cursor, subscription.peer
         if cursor is None or peer.queued_bytes:
             return  # its time comes when it's drained
@@ -361,7 +322,7 @@ class Events:
         if cursor.at_end:
             subscription.cursor = None
         else:
-            self.ready[subscription] = None
+            self.subscriptions.ready[subscription] = None
 
     def _send_record(self, subscription: Subscription, record: Record) -> None:
         if subscription.filter.everything:
@@ -381,131 +342,12 @@ class Events:
         body = packb({"lost": hole.lost, "first_offset": hole.first_offset, "last_offset": hole.last_offset})
         subscription.peer.send(encode(GAP, b"", body, subscription.id, 0, hole.last_offset))
 
-    # --- subscribing -------------------------------------------------------------------------------------------------
-
-    def subscribe(self, peer: Peer, frame: Frame) -> None:
-        """Answers with RESULT; raises ``BusError``s of what is wrong with the request, ``ProtocolError``."""
-        body = unpack_map(frame)
-        filter_ = parse(body.get("patterns"), body.get("filters"))
-        since, since_ns, heartbeat_ms, name = _options(body)
-        if since is not None and since > self.journal.next_offset:
-            raise errors.InvalidArgument(
-                f"offset {since} is beyond the journal's end, {self.journal.next_offset}",
-                hint="is it another journal's?",
-            )
-        if not frame.peer or frame.peer in peer.subscriptions:
-            raise errors.AlreadyExists(f"subscription {frame.peer} is 0 or in use")
-        if (
-            len(peer.subscriptions) >= MAX_SUBSCRIPTIONS_PER_PEER
-            or peer.user.subscriptions >= peer.user.max_subscriptions
-        ):
-            raise errors.ResourceExhausted(
-                f"more than {MAX_SUBSCRIPTIONS_PER_PEER} subscriptions of a connection or {peer.user.max_subscriptions} of a user"
-            )
-        subscription = Subscription(peer, frame.peer, filter_, heartbeat_ms)
-        start = self.journal.next_offset if since is None else since
-        if name:
-            if since_ns is not None and self.positions.get(name) is None:
-                raise errors.InvalidArgument(
-                    f'the new durable subscription "{name}" can\'t begin at a time, but at an offset'
-                )
-            start, since_ns = self._open_durable(subscription, name, start), None
-        self._add(subscription)
-        if since_ns is not None:
-            subscription.cursor = self.journal.seek_time(since_ns)
-            start = 0  # not known before it's read
-        elif start != self.journal.next_offset:
-            subscription.cursor = self.journal.seek(start)
-        if subscription.cursor is not None:
-            self.ready[subscription] = None
-        peer.send(encode(RESULT, b"", packb({"next_offset": start, "bus": self.journal.id}), 0, frame.serial))
-
-    def _open_durable(self, subscription: Subscription, name: str, start: int) -> int:
-        if name in self._durable:
-            holder = self._durable[name].peer
-            raise errors.Conflict(f'the durable subscription "{name}" is in use by process {holder.pid}')
-        known = self.positions.get(name)
-        if known is None and start < 0:
-            raise errors.InvalidArgument(
-                f'the new durable subscription "{name}" can begin now, at an offset or at the beginning'
-            )
-        position = self.positions.open(name, subscription.peer.uid, start or self.journal.oldest_offset)
-        subscription.position = position
-        self._durable[name] = subscription
-        return min(position.offset, self.journal.next_offset)
-
-    def _add(self, subscription: Subscription) -> None:
-        peer = subscription.peer
-        peer.subscriptions[subscription.id] = subscription
-        peer.user.subscriptions += 1
-        self._subscriptions[peer.id, subscription.id] = subscription
-        self._changed()
-        if subscription.heartbeat_ns:
-            subscription.quiet_since_ns = self._monotonic_ns()
-            self._beating.add(subscription)
-
-    def _changed(self) -> None:
-        self._generation += 1
-        self._same.clear()
-
-    def unsubscribe(self, peer: Peer, subscription_id: int) -> None:
-        """No more for this one. Unknown IDs are ignored: a client may have given up before it was told of a failure."""
-        subscription = peer.subscriptions.pop(subscription_id, None)
-        if subscription is None:
-            return
-        peer.user.subscriptions -= 1
-        del self._subscriptions[peer.id, subscription_id]
-        self._changed()
-        self._beating.discard(subscription)
-        self.ready.pop(subscription, None)
-        if subscription.position is not None:
-            del self._durable[subscription.position.name]
-            subscription.position.close()
-
-    def acknowledge(self, peer: Peer, frame: Frame) -> None:
-        """A durable subscriber is done with everything up to an offset."""
-        subscription = peer.subscriptions.get(frame.peer)
-        if subscription is None:
-            return  # just ended
-        if subscription.position is None or frame.arg >= self.journal.next_offset:
-            raise ProtocolError(f"{frame!r} acknowledges what it wasn't sent, or isn't durable")
-        subscription.position.ack(frame.arg)
-
-    def forget(self, peer: Peer, name: str) -> None:
-        """Remove a durable subscription. Raises ``Conflict`` while it's in use, ``NotFound``, ``PermissionDenied``."""
-        known = self.positions.get(name)
-        if known is not None and peer.role != ROOT and known.uid != peer.uid:
-            raise errors.PermissionDenied(f'the durable subscription "{name}" belongs to user {known.uid}')
-        if name in self._durable:
-            raise errors.Conflict(
-                f'the durable subscription "{name}" is in use by process {self._durable[name].peer.pid}'
-            )
-        self.positions.remove(name)
-
-    # --- time --------------------------------------------------------------------------------------------------------
-
-    def beat(self) -> int:
-        """Send the heartbeats that are due. Until the next one in ns; 0 if nobody wants any."""
-        if not self._beating:
-            return 0
-        now = self._monotonic_ns()
-        wait = 1 << 62
-        for subscription in self._beating:
-            left = subscription.quiet_since_ns + subscription.heartbeat_ns - now
-            if left <= 0:
-                if subscription.cursor is None and not subscription.peer.queued_bytes:
-                    subscription.peer.send(encode(HEARTBEAT, b"", b"", subscription.id, 0, self.journal.next_offset))
-                subscription.quiet_since_ns = now
-                left = subscription.heartbeat_ns
-            wait = min(wait, left)
-        return wait
-
     def body(self) -> dict[str, object]:
         """The counters, as ``bus.stats`` tells them."""
         journal = self.journal
-        behind = [s.cursor.offset for s in self._subscriptions.values() if s.cursor is not None]
+        behind = self.subscriptions.behind()
         return {
-            "subscriptions": len(self._subscriptions),
+            "subscriptions": len(self.subscriptions),
             "events_total": self.published,
             "events_duplicate": self.duplicates,
             "events_refused": self.refused,
@@ -520,19 +362,6 @@ class Events:
             "oldest_offset": journal.oldest_offset,
             "next_offset": journal.next_offset,
         }
-
-    def durables(self) -> list[dict[str, object]]:
-        """Every durable subscription, for ``bus.durables``."""
-        return [
-            {
-                "name": position.name,
-                "uid": position.uid,
-                "offset": position.offset,
-                "acked_ns": position.acked_ns,
-                "pid": self._durable[position.name].peer.pid if position.name in self._durable else 0,
-            }
-            for position in self.positions.list()
-        ]
 
 
 def _by_recipient(groups: list[tuple[Recipients, int, int]]) -> list[tuple[tuple[Subscription, bool], int, int]]:
@@ -558,40 +387,3 @@ def _cut(data: bytes, frames: Bounds, begin: int, end: int | None = None) -> tup
         return b"", []
     base = part[0][0]
     return data[base : part[-1][2]], [(start - base, payload - base, stop - base) for start, payload, stop in part]
-
-
-def _options(body: dict[str, object]) -> tuple[int | None, int | None, int, str]:
-    """(since as an offset, 0 for the beginning; since_ns; heartbeat_ms; the durable name or "") of a SUBSCRIBE.
-
-    Raises ``InvalidArgument``.
-    """
-    since, since_ns = body.get("since"), body.get("since_ns")
-    name, heartbeat_ms = body.get("durable") or "", body.get("heartbeat_ms") or 0
-    if since == "beginning":
-        since = 0
-    if not (since is None or _is_offset(since)) or not (since_ns is None or _is_offset(since_ns)):
-        raise errors.InvalidArgument(
-            f'since must be an offset, "beginning" or null, not {since!r}; since_ns a time in ns'
-        )
-    if not _is_offset(heartbeat_ms) or not (heartbeat_ms == 0 or MIN_HEARTBEAT_MS <= heartbeat_ms <= MAX_HEARTBEAT_MS):
-        raise errors.InvalidArgument(
-            f"heartbeat_ms must be {MIN_HEARTBEAT_MS} to {MAX_HEARTBEAT_MS}, not {heartbeat_ms!r}"
-        )
-    if not isinstance(name, str):
-        raise errors.InvalidArgument(f"a durable subscription's name is a text, not {name!r}")
-    return since, since_ns, heartbeat_ms, name
-
-
-def _is_offset(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
-
-
-def unpack_map(frame: Frame) -> dict[str, object]:
-    """A frame's body as a map. Raises ``ProtocolError``."""
-    try:
-        value = unpackb(frame.body) if frame.body else {}
-    except Exception as error:  # msgpack raises its own, ValueError and UnicodeDecodeError
-        raise ProtocolError(f"{frame!r} is not msgpack: {error}") from error
-    if not isinstance(value, dict):
-        raise ProtocolError(f"{frame!r} holds no map")
-    return value

@@ -9,7 +9,7 @@ from .roles import ROOT, User
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .events import Recipients, Subscription
+    from .subscriptions import Recipients, Subscription
 
 # (the service that has the call, its counters, when it came in monotonic ns, size of its body)
 OpenCall = tuple["Peer", MethodCounters, int, int]

@@ -14,10 +14,11 @@ from collections.abc import Callable
 from msgpack import packb
 
 from . import __version__, errors
-from .events import Events, unpack_map
+from .events import Events
 from .metrics import MethodCounters
 from .peers import Peer
 from .roles import MONITOR, User
+from .subscriptions import unpack_map
 from .transport import close_fds
 from .wire import (
     ACK,
@@ -102,7 +103,7 @@ class Router:
         if self.peers.pop(peer.id, None) is None:
             return
         for subscription_id in list(peer.subscriptions):
-            self.events.unsubscribe(peer, subscription_id)
+            self.events.subscriptions.unsubscribe(peer, subscription_id)
         if peer.publisher:
             self.events.forget_publisher(peer.publisher)
         if peer.service:
@@ -143,13 +144,13 @@ class Router:
             self._pass_on(peer, frame)
         elif kind == SUBSCRIBE:
             try:
-                self.events.subscribe(peer, frame)
+                self.events.subscriptions.subscribe(peer, frame)
             except errors.BusError as error:
                 self._error(peer, frame.serial, error)
         elif kind == UNSUBSCRIBE:
-            self.events.unsubscribe(peer, frame.peer)
+            self.events.subscriptions.unsubscribe(peer, frame.peer)
         elif kind == ACK:
-            self.events.acknowledge(peer, frame)
+            self.events.subscriptions.acknowledge(peer, frame)
         elif kind == REGISTER:
             self._register(peer, frame)
         elif kind == HELLO:
@@ -352,12 +353,12 @@ class Router:
         if frame.route == b"bus.stats":
             return self._stats()
         if frame.route == b"bus.durables":
-            return {"durables": self.events.durables()}
+            return {"durables": self.events.subscriptions.durables()}
         if frame.route == b"bus.forget":
             name = unpack_map(frame).get("name")
             if not isinstance(name, str):
                 raise errors.InvalidArgument("which durable subscription?")
-            self.events.forget(peer, name)
+            self.events.subscriptions.forget(peer, name)
             return {}
         raise errors.Unimplemented(f'no method "{frame.route.decode(errors="replace")}"')
 

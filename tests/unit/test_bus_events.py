@@ -10,10 +10,11 @@ from msgpack import packb, unpackb
 from tests.bus_bench import Bench, Recorder, errors_in, event, events_in
 
 from pyx_bus import wire
-from pyx_bus.events import MAX_EVENT_QUEUE, MAX_SUBSCRIPTIONS_PER_PEER
+from pyx_bus.events import MAX_EVENT_QUEUE
 from pyx_bus.filters import parse
 from pyx_bus.journal import JournalError, Limits
 from pyx_bus.roles import MONITOR, SERVICE, USER
+from pyx_bus.subscriptions import MAX_SUBSCRIPTIONS_PER_PEER
 from pyx_bus.wire import Frame, ProtocolError
 
 
@@ -164,7 +165,7 @@ def test_a_long_history_is_read_in_pieces(bench: Bench) -> None:
     reader.take()
     pieces = 0
     total = 0
-    while bench.events.ready:
+    while bench.events.subscriptions.ready:
         bench.events.read_on()
         got = events_in(reader.take())
         total += len(got)
@@ -284,7 +285,7 @@ def test_a_durable_subscription_goes_on_where_it_was_acknowledged(tmp_path: Path
     bench.subscribe(second, ["a.*"], durable="mine", since="beginning")
     bench.read_on()
     assert [actor for _, _, actor in events_in(second.take())] == ["3", "4"]
-    assert bench.events.durables()[0]["offset"] == got[2][0]
+    assert bench.events.subscriptions.durables()[0]["offset"] == got[2][0]
     bench.close()
     # ... also after the broker's restart
     bench = Bench(tmp_path)
@@ -326,23 +327,23 @@ def test_heartbeats_come_in_silence_only(bench: Bench) -> None:
     publisher, reader = bench.peer("pub"), bench.peer()
     bench.subscribe(reader, ["a.*"], heartbeat_ms=100)
     reader.take()
-    assert bench.events.beat() == 100_000_000
+    assert bench.events.subscriptions.beat() == 100_000_000
     bench.now_ns += 60_000_000
     bench.publish(publisher, b"a.b", 1)
     reader.take()
     bench.now_ns += 60_000_000
-    assert bench.events.beat() == 40_000_000
+    assert bench.events.subscriptions.beat() == 40_000_000
     assert reader.take() == []
     bench.now_ns += 40_000_000
-    assert bench.events.beat() == 100_000_000
+    assert bench.events.subscriptions.beat() == 100_000_000
     (beat,) = reader.take()
     assert (beat.kind, beat.peer, beat.arg) == (wire.HEARTBEAT, 1, bench.journal.next_offset)
     reader.backlog = 1  # it has yet to read: nothing is added
     bench.now_ns += 100_000_000
-    bench.events.beat()
+    bench.events.subscriptions.beat()
     assert reader.take() == []
     bench.router.drop(reader)
-    assert bench.events.beat() == 0
+    assert bench.events.subscriptions.beat() == 0
 
 
 def test_only_the_owner_of_a_topic_publishes_it_and_the_rest_of_a_run_goes_through(bench: Bench) -> None:
@@ -357,7 +358,13 @@ def test_only_the_owner_of_a_topic_publishes_it_and_the_rest_of_a_run_goes_throu
     bench.receive(logd, *(Frame(wire.PUBLISH, topic, event(n), arg=n) for n, topic in enumerate(order, 1)))
     assert topics(watcher) == ["log.a", "log.b", "log.c"]
     answers = logd.take()
-    assert [(f.kind, f.arg, f.serial) for f in answers] == [(wire.ERROR, 2, 0), (wire.ERROR, 4, 0), (wire.ACK, 5, 0)]
+    assert [(f.kind, f.arg, f.serial) for f in answers] == [
+        (wire.ACK, 1, 0),
+        (wire.ERROR, 2, 0),
+        (wire.ACK, 3, 0),
+        (wire.ERROR, 4, 0),
+        (wire.ACK, 5, 0),
+    ]
     assert errors_in(answers) == ["permission_denied"] * 2
     bench.publish(user, b"container.die", 1)
     bench.publish(user, b"mine.x", 2)

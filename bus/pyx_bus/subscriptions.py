@@ -1,0 +1,242 @@
+"""Who wants which events, and from where: subscriptions, durable ones and their positions, heartbeats. No sockets.
+
+``Events`` delivers; this is the book it looks into.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeGuard
+
+from msgpack import packb, unpackb
+
+from . import errors
+from .filters import Filter, parse
+from .journal import Cursor, Journal
+from .peers import Peer
+from .positions import Position, Positions
+from .roles import ROOT
+from .wire import HEARTBEAT, RESULT, Frame, ProtocolError, encode
+
+MAX_SUBSCRIPTIONS_PER_PEER = 64
+MIN_HEARTBEAT_MS = 100
+MAX_HEARTBEAT_MS = 24 * 3600 * 1000
+
+# (subscription, whether it's certain without a look at the payload)
+Recipients = tuple[tuple["Subscription", bool], ...]
+
+
+class Subscription:
+    """``cursor`` is None while it's live. ``position`` keeps a durable one's place."""
+
+    __slots__ = ("cursor", "filter", "heartbeat_ns", "id", "peer", "position", "quiet_since_ns")
+
+    def __init__(self, peer: Peer, id_: int, filter_: Filter, heartbeat_ms: int) -> None:
+        self.peer = peer
+        self.id = id_
+        self.filter = filter_
+        self.heartbeat_ns = heartbeat_ms * 1_000_000
+        self.quiet_since_ns = 0
+        self.cursor: Cursor | None = None
+        self.position: Position | None = None
+
+
+class Subscriptions:
+    """All of them. ``generation`` changes with the set: what was found for a topic before doesn't hold any more.
+
+    ``ready`` are the reading ones that may go on, in turn.
+    """
+
+    def __init__(self, journal: Journal, positions: Positions, monotonic_ns: Callable[[], int]) -> None:
+        self.journal = journal
+        self.positions = positions
+        self.generation = 0
+        self.ready: dict[Subscription, None] = {}
+        self._monotonic_ns = monotonic_ns
+        self._all: dict[tuple[int, int], Subscription] = {}
+        self._same: dict[Recipients, Recipients] = {}  # so that topics with equal recipients have the same object
+        self._durable: dict[str, Subscription] = {}
+        self._beating: set[Subscription] = set()
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def behind(self) -> list[int]:
+        """The offsets the reading ones are at."""
+        return [s.cursor.offset for s in self._all.values() if s.cursor is not None]
+
+    def find(self, topic: str, source: bytes) -> Recipients:
+        """Who gets events of a topic and source."""
+        found = []
+        name = source.decode()
+        for subscription in self._all.values():
+            passes = subscription.filter.topic(topic, name)
+            if passes is not False:
+                found.append((subscription, passes is True))
+        recipients = tuple(found)
+        return self._same.setdefault(recipients, recipients)
+
+    def subscribe(self, peer: Peer, frame: Frame) -> None:
+        """Answers with RESULT; raises ``BusError``s of what is wrong with the request, ``ProtocolError``."""
+        body = unpack_map(frame)
+        filter_ = parse(body.get("patterns"), body.get("filters"))
+        since, since_ns, heartbeat_ms, name = _options(body)
+        if since is not None and since > self.journal.next_offset:
+            raise errors.InvalidArgument(
+                f"offset {since} is beyond the journal's end, {self.journal.next_offset}",
+                hint="is it another journal's?",
+            )
+        if not frame.peer or frame.peer in peer.subscriptions:
+            raise errors.AlreadyExists(f"subscription {frame.peer} is 0 or in use")
+        if (
+            len(peer.subscriptions) >= MAX_SUBSCRIPTIONS_PER_PEER
+            or peer.user.subscriptions >= peer.user.max_subscriptions
+        ):
+            raise errors.ResourceExhausted(
+                f"more than {MAX_SUBSCRIPTIONS_PER_PEER} subscriptions of a connection or {peer.user.max_subscriptions} of a user"
+            )
+        subscription = Subscription(peer, frame.peer, filter_, heartbeat_ms)
+        start = self.journal.next_offset if since is None else since
+        if name:
+            if since_ns is not None and self.positions.get(name) is None:
+                raise errors.InvalidArgument(
+                    f'the new durable subscription "{name}" can\'t begin at a time, but at an offset'
+                )
+            start, since_ns = self._open_durable(subscription, name, start), None
+        self._add(subscription)
+        if since_ns is not None:
+            subscription.cursor = self.journal.seek_time(since_ns)
+            start = 0  # not known before it's read
+        elif start != self.journal.next_offset:
+            subscription.cursor = self.journal.seek(start)
+        if subscription.cursor is not None:
+            self.ready[subscription] = None
+        peer.send(encode(RESULT, b"", packb({"next_offset": start, "bus": self.journal.id}), 0, frame.serial))
+
+    def _open_durable(self, subscription: Subscription, name: str, start: int) -> int:
+        if name in self._durable:
+            holder = self._durable[name].peer
+            raise errors.Conflict(f'the durable subscription "{name}" is in use by process {holder.pid}')
+        known = self.positions.get(name)
+        if known is None and start < 0:
+            raise errors.InvalidArgument(
+                f'the new durable subscription "{name}" can begin now, at an offset or at the beginning'
+            )
+        position = self.positions.open(name, subscription.peer.uid, start or self.journal.oldest_offset)
+        subscription.position = position
+        self._durable[name] = subscription
+        return min(position.offset, self.journal.next_offset)
+
+    def _add(self, subscription: Subscription) -> None:
+        peer = subscription.peer
+        peer.subscriptions[subscription.id] = subscription
+        peer.user.subscriptions += 1
+        self._all[peer.id, subscription.id] = subscription
+        self._changed()
+        if subscription.heartbeat_ns:
+            subscription.quiet_since_ns = self._monotonic_ns()
+            self._beating.add(subscription)
+
+    def _changed(self) -> None:
+        self.generation += 1
+        self._same.clear()
+
+    def unsubscribe(self, peer: Peer, subscription_id: int) -> None:
+        """No more for this one. Unknown IDs are ignored: a client may have given up before it was told of a failure."""
+        subscription = peer.subscriptions.pop(subscription_id, None)
+        if subscription is None:
+            return
+        peer.user.subscriptions -= 1
+        del self._all[peer.id, subscription_id]
+        self._changed()
+        self._beating.discard(subscription)
+        self.ready.pop(subscription, None)
+        if subscription.position is not None:
+            del self._durable[subscription.position.name]
+            subscription.position.close()
+
+    def acknowledge(self, peer: Peer, frame: Frame) -> None:
+        """A durable subscriber is done with everything up to an offset."""
+        subscription = peer.subscriptions.get(frame.peer)
+        if subscription is None:
+            return  # just ended
+        if subscription.position is None or frame.arg >= self.journal.next_offset:
+            raise ProtocolError(f"{frame!r} acknowledges what it wasn't sent, or isn't durable")
+        subscription.position.ack(frame.arg)
+
+    def forget(self, peer: Peer, name: str) -> None:
+        """Remove a durable subscription. Raises ``Conflict`` while it's in use, ``NotFound``, ``PermissionDenied``."""
+        known = self.positions.get(name)
+        if known is not None and peer.role != ROOT and known.uid != peer.uid:
+            raise errors.PermissionDenied(f'the durable subscription "{name}" belongs to user {known.uid}')
+        if name in self._durable:
+            raise errors.Conflict(
+                f'the durable subscription "{name}" is in use by process {self._durable[name].peer.pid}'
+            )
+        self.positions.remove(name)
+
+    def beat(self) -> int:
+        """Send the heartbeats that are due. Until the next one in ns; 0 if nobody wants any."""
+        if not self._beating:
+            return 0
+        now = self._monotonic_ns()
+        wait = 1 << 62
+        for subscription in self._beating:
+            left = subscription.quiet_since_ns + subscription.heartbeat_ns - now
+            if left <= 0:
+                if subscription.cursor is None and not subscription.peer.queued_bytes:
+                    subscription.peer.send(encode(HEARTBEAT, b"", b"", subscription.id, 0, self.journal.next_offset))
+                subscription.quiet_since_ns = now
+                left = subscription.heartbeat_ns
+            wait = min(wait, left)
+        return wait
+
+    def durables(self) -> list[dict[str, object]]:
+        """Every durable subscription, for ``bus.durables``."""
+        return [
+            {
+                "name": position.name,
+                "uid": position.uid,
+                "offset": position.offset,
+                "acked_ns": position.acked_ns,
+                "pid": self._durable[position.name].peer.pid if position.name in self._durable else 0,
+            }
+            for position in self.positions.list()
+        ]
+
+
+def _options(body: dict[str, object]) -> tuple[int | None, int | None, int, str]:
+    """(since as an offset, 0 for the beginning; since_ns; heartbeat_ms; the durable name or "") of a SUBSCRIBE.
+
+    Raises ``InvalidArgument``.
+    """
+    since, since_ns = body.get("since"), body.get("since_ns")
+    name, heartbeat_ms = body.get("durable") or "", body.get("heartbeat_ms") or 0
+    if since == "beginning":
+        since = 0
+    if not (since is None or _is_offset(since)) or not (since_ns is None or _is_offset(since_ns)):
+        raise errors.InvalidArgument(
+            f'since must be an offset, "beginning" or null, not {since!r}; since_ns a time in ns'
+        )
+    if not _is_offset(heartbeat_ms) or not (heartbeat_ms == 0 or MIN_HEARTBEAT_MS <= heartbeat_ms <= MAX_HEARTBEAT_MS):
+        raise errors.InvalidArgument(
+            f"heartbeat_ms must be {MIN_HEARTBEAT_MS} to {MAX_HEARTBEAT_MS}, not {heartbeat_ms!r}"
+        )
+    if not isinstance(name, str):
+        raise errors.InvalidArgument(f"a durable subscription's name is a text, not {name!r}")
+    return since, since_ns, heartbeat_ms, name
+
+
+def _is_offset(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def unpack_map(frame: Frame) -> dict[str, object]:
+    """A frame's body as a map. Raises ``ProtocolError``."""
+    try:
+        value = unpackb(frame.body) if frame.body else {}
+    except Exception as error:  # msgpack raises its own, ValueError and UnicodeDecodeError
+        raise ProtocolError(f"{frame!r} is not msgpack: {error}") from error
+    if not isinstance(value, dict):
+        raise ProtocolError(f"{frame!r} holds no map")
+    return value
