@@ -3,49 +3,65 @@
 A ``Bus`` keeps itself connected: when the broker goes away, open calls fail with ``unavailable`` (idempotent ones are made again),
 calls being served are cancelled, and as soon as the broker is back the name is registered, subscriptions go on at the offset after
 the last event seen, and events that were not acknowledged are published again.
-
-Nothing here blocks the loop: the socket is non-blocking and written at once; only what the kernel doesn't take waits.
 """
 
 from __future__ import annotations
 
-import errno
 import logging
 import secrets
-import socket
-from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 import anyio.abc
 import msgspec
+from msgpack import packb
 
 from . import errors
 from .contract.base import Event, Message, Method
-from .pending import Pending, ReceivedEvent, Stream, Subscription
-from .server import Call, Service, serve_call
-from .session import Session, pong
-from .sync import connect_unix, default_path
-from .transport import Transport, close_fds
-from .wire import ACK, CALL, CANCEL, CREDIT, MAX_EVENT, PING, PUBLISH, Frame, ProtocolError, encode
+from .link import FIRST_RETRY_S, LAST_RETRY_S, Link
+from .pending import Pending, Stream, decode_body
+from .publisher import Publisher
+from .server import Call, Service
+from .session import pong, refusal
+from .subscription import Events, ReceivedEvent, Subscription
+from .sync import default_path
+from .transport import close_fds
+from .wakeup import Deadlines, current_loop
+from .wire import (
+    ACK,
+    CALL,
+    CANCEL,
+    CREDIT,
+    ERROR,
+    EVENT,
+    GAP,
+    HEARTBEAT,
+    ITEM,
+    MAX_EVENT,
+    PING,
+    REGISTER,
+    RESULT,
+    Frame,
+    ProtocolError,
+    encode,
+)
+
+if TYPE_CHECKING:
+    from .session import Filters, Since
 
 log = logging.getLogger("pyx_bus.client")  # not structlog: this is a library, its user decides where it logs
 
 Req = TypeVar("Req", bound=Message)
 Res = TypeVar("Res", bound=Message)
 
-FIRST_RETRY_S = 0.01
-LAST_RETRY_S = 0.5
 RETRY_FOR_S = 30.0
-# Events not yet acknowledged by the broker. At about 300 bytes each this is 20 MB, some hours of a busy host without its broker.
-MAX_UNACKNOWLEDGED = 65_536
+MAX_SERIAL = 0xFFFFFFFF
+# A list whose place among the events can't be told is asked for again: its service has events that the broker doesn't have yet.
+WATCH_ATTEMPTS = 12
 
-# What sendmsg(2) and dup(2) say of the descriptors that shall travel; the connection is well.
-_NOT_THE_SOCKETS = (errno.EBADF, errno.EMFILE, errno.ENFILE, errno.ETOOMANYREFS)
-
-_encode_body = msgspec.msgpack.encode
+_encode_body = msgspec.msgpack.Encoder().encode
 
 
 class Bus:
@@ -54,24 +70,37 @@ class Bus:
     def __init__(self, path: str, name: str) -> None:
         self.path = path
         self.name = name
-        self._publisher = secrets.token_hex(8)
-        self._sequence = 0
-        self._unacknowledged: deque[tuple[int, bytes]] = deque()
-        self.events_dropped = 0
-        self._session = Session()
-        self._transport: Transport | None = None
-        self._up = anyio.Event()
-        self._pending: dict[int, Pending] = {}
-        self._subscriptions: dict[int, Subscription] = {}
+        self.loop = current_loop()
+        self.deadlines = Deadlines(self.loop)
+        self.link = Link(path, name, secrets.token_hex(8), self.loop, self._dispatch, self._connected, self._disconnected)
+        self.subscriptions: dict[int, Subscription] = {}
+        self._publisher = Publisher(self.link.send_and_gather)
+        self._told_dropped = 0
+        self._serial = 0
+        self._subscription = 0
+        self._pending: dict[int, Pending | _Answer] = {}
         self._service: Service | None = None
         self._served: dict[tuple[int, int], Call] = {}
         self._group: anyio.abc.TaskGroup | None = None
-        self._flushing = False
-        self._failure: errors.BusError | None = None
 
     @property
     def connected(self) -> bool:
-        return self._up.is_set()
+        return self.link.up
+
+    @property
+    def bus_id(self) -> str:
+        """The identity of the broker's journal: offsets are comparable within one."""
+        return self.link.bus_id
+
+    @property
+    def events_dropped(self) -> int:
+        """Events that were too large or too many to be kept until the broker takes them."""
+        return self._publisher.dropped
+
+    @property
+    def events_refused(self) -> int:
+        """Events the broker wouldn't take: this user may not publish their topic, or they break a rule."""
+        return self._publisher.refused
 
     # --- calls -------------------------------------------------------------------------------------------------------
 
@@ -84,350 +113,380 @@ class Bus:
         called again when the connection broke or the service was away, until the deadline (if there's none, while it has been away for
         less than ``RETRY_FOR_S``); ``fds`` stay yours.
         """
-        result, received = await self.call_fds(method, request, fds=fds, timeout_s=timeout_s)
-        close_fds(received)
-        return result
+        frame = await self._call(method, request, fds, timeout_s)
+        if frame.fds:
+            close_fds(frame.fds)
+        return decode_body(method.result, frame.body)
 
     async def call_fds(
         self, method: Method[Req, Res], request: Req, *, fds: Sequence[int] = (), timeout_s: float | None = None
     ) -> tuple[Res, list[int]]:
         """As ``call``, with the descriptors that came with the result; they're yours."""
-        end = None if timeout_s is None else anyio.current_time() + timeout_s
+        frame = await self._call(method, request, fds, timeout_s)
+        try:
+            return decode_body(method.result, frame.body), frame.fds
+        except errors.InvalidArgument:
+            close_fds(frame.fds)
+            raise
+
+    async def _call(self, method: Method[Req, Res], request: Req, fds: Sequence[int], timeout_s: float | None) -> Frame:
+        """The RESULT."""
+        now = self.loop.now
+        started = now()
+        end = None if timeout_s is None else started + timeout_s
         pause = FIRST_RETRY_S
-        give_up = anyio.current_time() + RETRY_FOR_S
+        give_up = started + RETRY_FOR_S
         while True:
-            started = anyio.current_time()
             try:
-                async with self.stream(method, request, fds=fds, timeout_s=timeout_s) as stream:
-                    result = await stream.result()
-                    return result, stream.take_fds()
+                return await self._call_once(method, request, fds, timeout_s)
             except errors.Unavailable:
-                failed = anyio.current_time()
+                failed = now()
                 if failed - started > pause:  # it was under way: what broke it is news, and has its own time to mend
                     give_up, pause = failed + RETRY_FOR_S, FIRST_RETRY_S
                 if not method.idempotent or failed + pause > (give_up if end is None else end):
                     raise
             await anyio.sleep(pause)
             pause = min(LAST_RETRY_S, pause * 2)
+            started = now()
+            if end is not None:
+                timeout_s = max(0.001, end - started)
+
+    async def _call_once(
+        self, method: Method[Req, Res], request: Req, fds: Sequence[int], timeout_s: float | None
+    ) -> Frame:
+        pending = await self._open(method, request, fds, timeout_s)
+        try:
+            while True:
+                frame = await pending.pop()
+                if frame.kind == RESULT:
+                    return frame
+                close_fds(frame.fds)
+                self._items_taken(pending, 1)
+        except BaseException:
+            self._give_up(pending)
+            raise
 
     @asynccontextmanager
     async def stream(
         self, method: Method[Req, Res], request: Req, *, fds: Sequence[int] = (), timeout_s: float | None = None
     ) -> AsyncIterator[Stream[Res]]:
-        """Start a call and take its items as they come. Leaving the block before the end cancels the call."""
-        body = _encode_body(request)
-        timeout_ms = 0 if timeout_s is None else max(1, int(timeout_s * 1000))
-        serial = 0
-        pending = Pending()
+        """Start a call and take its items as they come. Leaving the block before the end cancels the call.
+
+        The deadline is the call's: when it has passed, the stream raises ``DeadlineExceeded``. What else the block waits for isn't
+        interrupted.
+        """
+        pending = await self._open(method, request, fds, timeout_s)
+        stream = Stream(self._items_taken, pending, method.item or Message, method.result)
         try:
-            with anyio.fail_after(timeout_s):
-                await self._wait_up(timeout_s)
-                serial, data = self._session.call(method.name, body, len(fds), timeout_ms)
-                self._pending[serial] = pending
-                session = self._session
-                self._send(data, fds)
-                yield Stream(self._item_consumed, serial, pending, method.item or Message, method.result)
-        except TimeoutError as error:
-            raise errors.DeadlineExceeded(f"{method.name} didn't answer within {timeout_s} s") from error
+            yield stream
         finally:
-            if self._pending.get(serial) is pending:
-                del self._pending[serial]
-                pending.close()
-                if serial in session.calls and session is self._session:
-                    self._send(session.cancel(serial))
+            self._give_up(pending)
+            stream.close()
 
-    async def _wait_up(self, timeout_s: float | None) -> None:
-        if self._up.is_set():
+    async def _open(
+        self, method: Method[Req, Res], request: Req, fds: Sequence[int], timeout_s: float | None
+    ) -> Pending:
+        body = _encode_body(request)
+        timeout_ms, end = 0, 0.0
+        if timeout_s is not None:
+            end = self.loop.now() + timeout_s
+            timeout_ms = min(MAX_SERIAL, max(1, int(timeout_s * 1000)))
+        if not self.link.up:
+            await self._wait_up(method, timeout_s)
+        serial = self._next_serial()
+        data = encode(CALL, method.name.encode(), body, 0, serial, timeout_ms, len(fds))
+        pending = self._pending[serial] = Pending(serial, self.loop.wakeup())
+        if timeout_ms:
+            pending.timer = self.deadlines.at(end, lambda: self._expired(pending, method.name, timeout_s))
+        try:
+            self.link.send(data, fds)
+        except errors.BusError:
+            self._forget(pending)
+            raise
+        return pending
+
+    async def _wait_up(self, method: Method[Req, Res], timeout_s: float | None) -> None:
+        if timeout_s is None or timeout_s > 5.0:
+            await self.link.wait_up()
             return
-        with anyio.move_on_after(5.0 if timeout_s is None else timeout_s):
-            await self._up.wait()
-        if self._failure is not None:
-            raise self._failure
-        if not self._up.is_set():
-            raise errors.Unavailable(f"no connection to the bus at {self.path}")
+        try:
+            await self.link.wait_up(timeout_s)
+        except errors.Unavailable as error:
+            raise errors.DeadlineExceeded(f"{method.name} didn't answer within {timeout_s} s: {error.message}") from error
 
-    def _item_consumed(self, serial: int) -> None:
-        credit = self._session.item_consumed(serial)
-        if credit is not None:
-            self._send(credit)
+    def _next_serial(self) -> int:
+        serial = self._serial
+        while True:
+            serial = serial + 1 if serial < MAX_SERIAL else 1
+            if serial not in self._pending:
+                self._serial = serial
+                return serial
+
+    def _forget(self, pending: Pending) -> bool:
+        """It isn't waited for any more. Whether it was still open."""
+        if self._pending.get(pending.serial) is not pending:
+            return False
+        del self._pending[pending.serial]
+        if pending.timer is not None:
+            self.deadlines.cancel(pending.timer)
+        return True
+
+    def _give_up(self, pending: Pending) -> None:
+        if self._forget(pending):
+            self.link.send(encode(CANCEL, b"", b"", 0, pending.serial))
+        pending.close()
+
+    def _expired(self, pending: Pending, method: str, timeout_s: float | None) -> None:
+        if self._forget(pending):
+            self.link.send(encode(CANCEL, b"", b"", 0, pending.serial))
+            pending.fail(errors.DeadlineExceeded(f"{method} didn't answer within {timeout_s} s"))
+
+    def _items_taken(self, pending: Pending, count: int) -> None:
+        if self._pending.get(pending.serial) is pending:
+            self.link.send(encode(CREDIT, b"", b"", 0, pending.serial, count))
 
     # --- events ------------------------------------------------------------------------------------------------------
 
     def publish(self, event: Event) -> None:
-        """Publish an event. Kept and repeated until the broker has acknowledged it; ``events_dropped`` counts what the bounds cost.
+        """Publish an event. Kept and repeated until the broker has acknowledged it; ``events_dropped`` counts what the bounds cost, and
+        ``events_refused`` what the broker wouldn't take.
 
         Never fails: what has happened has happened, whether or not it can be told.
         """
+        publisher = self._publisher
         topic, body = type(event).topic.encode(), _encode_body(event)
         if len(topic) + len(body) > MAX_EVENT:
             log.error("an event is too large to be told: %s of %s, %d bytes", event.topic, event.id, len(body))
-            self.events_dropped += 1
+            publisher.dropped += 1
             return
-        self._sequence += 1
-        data = encode(PUBLISH, topic, body, 0, 0, self._sequence)
-        if len(self._unacknowledged) >= MAX_UNACKNOWLEDGED:
-            self._unacknowledged.popleft()
-            self.events_dropped += 1
-        self._unacknowledged.append((self._sequence, data))
-        if self._up.is_set():
-            self._send(data)
+        publisher.publish(topic, body)
+        if publisher.dropped > self._told_dropped and publisher.dropped >= 2 * self._told_dropped:
+            self._told_dropped = publisher.dropped
+            log.error("%d events were dropped: the broker doesn't take them", publisher.dropped)
+
+    def events(
+        self,
+        *patterns: str,
+        since: Since = None,
+        filters: Filters | None = None,
+        durable: str = "",
+        heartbeat_s: float | None = None,
+        auto_ack: bool = True,
+    ) -> Events:
+        """Subscribe to topics: ``async for event in bus.events("container.*")``; see ``Events`` and ``ReceivedEvent``.
+
+        ``since``: an offset, a time (``datetime``; without a zone it's local), "beginning" (the oldest kept), None for what comes from
+        now on. ``filters`` as Docker's: ``{"type": ["container"], "label": ["a=b"], "event!": ["exec_die"]}``: type, event, container,
+        image, label, network, volume, service; with ``!`` what must not be.
+
+        ``durable`` names a subscription whose position the broker keeps; it begins at ``since`` only the first time. An event is
+        acknowledged when the next one is asked for, or when the ``async with`` block ends without an exception; with ``auto_ack=False``
+        by ``event.ack()``. What wasn't acknowledged comes again the next time.
+
+        ``heartbeat_s``: an event ``bus.heartbeat`` whenever there was nothing else for so long (at least 0.1 s).
+        """
+        return Events(Subscription(self, patterns, since, filters, durable, heartbeat_s, auto_ack))
 
     @asynccontextmanager
-    async def events(
-        self, *patterns: str, since: int | str | None = None
-    ) -> AsyncIterator[AsyncIterator[ReceivedEvent]]:
-        """Subscribe: ``async with bus.events("container.*") as events: async for event in events``.
+    async def watch(
+        self,
+        method: Method[Req, Res],
+        request: Req,
+        *patterns: str,
+        filters: Filters | None = None,
+        heartbeat_s: float | None = None,
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[tuple[Res, Events]]:
+        """State now, then everything after: a list and the events since, without gap or overlap.
 
-        Subscribed when the block is entered. ``since``: an offset, "beginning" (the oldest kept), None for what comes from now on.
+        ``async with bus.watch(containerd.LIST, ListContainers(), "container.>") as (state, events): ...``
+
+        ``method`` has to be one whose service tells which events its answer includes; for others, and while a service can't publish,
+        it's ``Unavailable`` after some attempts. ``timeout_s`` is of each.
         """
-        subscription = Subscription(list(patterns), since)
-        await self._wait_up(None)
-        session = self._session
-        subscription_id, serial, pending = self._subscribe(subscription)
-        try:
-            answer = await pending.pop()
-            if subscription.since is None and session is self._session:
-                # From now on: also if the connection breaks before the first event.
-                subscription.since = int(str(answer.body["next_offset"]))
-            if session is self._session:
-                del self._pending[serial]
-            yield self._iterate(subscription)
-        finally:
-            if session is self._session:
-                self._pending.pop(serial, None)
-            for key, value in list(self._subscriptions.items()):
-                if value is subscription:
-                    subscription_id = key
-                    del self._subscriptions[key]
-            if self._up.is_set():
-                self._send(self._session.unsubscribe(subscription_id))
+        pause = FIRST_RETRY_S
+        for _ in range(WATCH_ATTEMPTS):
+            journal = self.bus_id
+            frame = await self._call(method, request, (), timeout_s)
+            close_fds(frame.fds)
+            if frame.arg and journal == self.bus_id:
+                subscription = Subscription(self, patterns, frame.arg, filters, "", heartbeat_s, True, journal)
+                async with Events(subscription) as events:
+                    if subscription.journal == journal:
+                        yield decode_body(method.result, frame.body), events
+                        return
+            await anyio.sleep(pause)
+            pause = min(LAST_RETRY_S, pause * 2)
+        raise errors.Unavailable(f"{method.name} doesn't say which events its answer includes")
 
-    def _subscribe(self, subscription: Subscription) -> tuple[int, int, Pending]:
-        """(its ID, the serial of the answer, the answer)."""
-        if subscription.bus_id and subscription.bus_id != self._session.bus_id:
-            subscription.since = "beginning"  # another journal: its offsets mean nothing here
-        subscription.bus_id = self._session.bus_id
-        serial, subscription_id, data = self._session.subscribe(subscription.patterns, subscription.since)
-        pending = self._pending[serial] = Pending()
-        self._subscriptions[subscription_id] = subscription
-        self._send(data)
-        return subscription_id, serial, pending
+    def subscribing(self, subscription: Subscription) -> tuple[int, int]:
+        """(an ID for the subscription, the serial its answer will have)."""
+        self._subscription = self._subscription + 1 if self._subscription < MAX_SERIAL else 1
+        serial = self._next_serial()
+        self.subscriptions[self._subscription] = subscription
+        self._pending[serial] = _Answer(subscription)
+        return self._subscription, serial
 
-    async def _iterate(self, subscription: Subscription) -> AsyncIterator[ReceivedEvent]:
-        while True:
-            while not subscription.events:
-                subscription.wake = anyio.Event()
-                await subscription.wake.wait()
-            if subscription.dropped:
-                lost = {"lost": subscription.dropped, "first_offset": subscription.first_dropped}
-                lost["last_offset"] = subscription.events[0].offset - 1
-                subscription.dropped = subscription.first_dropped = 0
-                yield ReceivedEvent("bus.gap", lost["last_offset"], "bus", 0, lost)
-            message = subscription.events.popleft()
-            body = message.body
-            if message.kind == "gap":
-                yield ReceivedEvent("bus.gap", message.offset, "bus", 0, body)
-                continue
-            payload: Any = body["payload"]
-            time_ns: Any = body["time_ns"]
-            yield ReceivedEvent(message.topic, message.offset, str(body["source"]), time_ns, payload)
+    def unsubscribed(self, subscription: int, serial: int) -> None:
+        self.subscriptions.pop(subscription, None)
+        self._pending.pop(serial, None)
 
     # --- serving -----------------------------------------------------------------------------------------------------
 
     async def serve(self, service: Service) -> None:
         """Register a name and serve its methods from now on, over reconnects. Raises ``AlreadyExists`` if the name is taken."""
-        await self._wait_up(None)
+        await self.link.wait_up()
         self._service = service
         await self._register(service)
 
     async def _register(self, service: Service) -> None:
-        serial, data = self._session.register(service.name)
-        pending = self._pending[serial] = Pending()
-        self._send(data)
+        serial = self._next_serial()
+        pending = self._pending[serial] = Pending(serial, self.loop.wakeup())
+        body = packb({"methods": service.verbs()})
+        self.link.send(encode(REGISTER, service.name.encode(), body, 0, serial))
         try:
             await pending.pop()
         finally:
-            self._pending.pop(serial, None)
+            self._forget(pending)
+
+    async def _register_again(self, service: Service) -> None:
+        """The old connection's end may reach the broker after our new one: try until the name is free."""
+        pause = FIRST_RETRY_S
+        while True:
+            try:
+                await self._register(service)
+                return
+            except errors.Unavailable:
+                return  # the connection that comes next registers
+            except errors.BusError as error:
+                if not isinstance(error, errors.AlreadyExists):
+                    log.error("the bus doesn't let us serve %s any more: %s", service.name, error.message)
+                await anyio.sleep(pause)
+                pause = min(LAST_RETRY_S, pause * 2)
+
+    def _serve(self, frame: Frame) -> bool:
+        """A call came. Whether a task was started for it."""
+        call = Call(self.link.send, frame, self._published)
+        if self._service is None:
+            call.fail(errors.Unimplemented("this connection serves nothing"))
+            return False
+        work = self._service.begin(call, frame)
+        if work is None:
+            return False
+        key = (frame.peer, frame.serial)
+        if key in self._served:
+            self._served[key].abandon()  # its caller broke the rules, and gets the answer to its second call only
+        self._served[key] = call
+        assert self._group is not None
+        self._group.start_soon(self._finish, call, work, key)
+        return True
+
+    async def _finish(self, call: Call, work: object, key: tuple[int, int]) -> None:
+        assert self._service is not None
+        try:
+            await self._service.finish(call, work)
+        finally:
+            if self._served.get(key) is call:  # else it was cancelled, and the caller has used its number again
+                del self._served[key]
+
+    def _published(self) -> int:
+        return self._publisher.sequence
 
     # --- the connection ----------------------------------------------------------------------------------------------
 
     async def run(self, group: anyio.abc.TaskGroup) -> None:
         """Keep connected until cancelled."""
         self._group = group
+        group.start_soon(self.deadlines.run)
         try:
-            while True:
-                transport = await self._dial()
-                try:
-                    await self._converse(transport)
-                except (OSError, ProtocolError, anyio.ClosedResourceError) as error:
-                    log.warning("lost the bus at %s: %s", self.path, error)
-                finally:
-                    self._disconnected()
+            await self.link.run(group)
         finally:
-            self._failure = self._failure or errors.Unavailable("the connection was closed")
+            self._disconnected()
 
-    async def _dial(self) -> Transport:
-        pause = FIRST_RETRY_S
-        while True:
-            try:
-                # A unix socket connects at once or fails at once; a full backlog blocks for as long as the broker takes to accept.
-                transport = Transport(socket.socket(fileno=connect_unix(self.path).detach()))
-            except OSError:
-                await anyio.sleep(pause)
-                pause = min(LAST_RETRY_S, pause * 2)
-                continue
-            self._transport = transport
-            self._session = Session()
-            self._flushing = False
-            return transport
-
-    async def _converse(self, transport: Transport) -> None:
-        self._send(self._session.hello(self.name, self._publisher))
-        while True:
-            await anyio.wait_readable(transport.sock)
-            try:
-                frames = transport.receive()
-            except BlockingIOError:
-                continue
-            if frames is None:
-                raise ProtocolError("closed by the broker")
-            for frame in frames:
-                self._dispatch(frame)
-
-    def _dispatch(self, frame: Frame) -> None:
+    def _dispatch(self, frame: Frame) -> bool:
+        """Act on a frame. Whether that woke a task."""
         kind = frame.kind
-        if kind == CALL:
-            self._serve(frame)
+        if kind == RESULT or kind == ERROR:
+            pending = self._pending.pop(frame.serial, None)
+            if pending is not None:
+                if pending.timer is not None:
+                    self.deadlines.cancel(pending.timer)
+                return pending.push(frame)
+            if kind == ERROR and not frame.serial:
+                self._refused(frame)
+        elif kind == CALL:
+            return self._serve(frame)
+        elif kind == EVENT or kind == GAP or kind == HEARTBEAT:
+            subscription = self.subscriptions.get(frame.peer)
+            return subscription is not None and subscription.push(frame)
+        elif kind == ITEM:
+            pending = self._pending.get(frame.serial)
+            if pending is not None:
+                return pending.push(frame)
         elif kind == CANCEL or kind == CREDIT:
             call = self._served.get((frame.peer, frame.serial))
             if call is not None:
-                if kind == CANCEL:
-                    call.abandon()
-                else:
+                if kind == CREDIT:
                     call.add_credit(frame.arg)
+                else:
+                    del self._served[frame.peer, frame.serial]
+                    call.abandon()
+                return True
         elif kind == ACK:
-            while self._unacknowledged and self._unacknowledged[0][0] <= frame.arg:
-                self._unacknowledged.popleft()
+            self._publisher.acknowledged(frame.arg)
         elif kind == PING:
-            self._send(pong(frame))
-        else:
-            self._receive(frame)
+            self.link.send(pong(frame))
+        if frame.fds:
+            close_fds(frame.fds)  # nobody's any more
+        return False
 
-    def _receive(self, frame: Frame) -> None:
-        welcomed = self._session.welcomed
-        try:
-            message = self._session.receive(frame)
-        except errors.BusError as error:  # refused
-            self._failure = error
-            self._up.set()
-            raise ProtocolError(error.message) from error
-        if message is None:
-            close_fds(frame.fds)
-            if self._session.welcomed and not welcomed:
-                self._connected()
+    def _refused(self, frame: Frame) -> None:
+        """An event was refused, or the connection is."""
+        error = refusal(frame)
+        if not frame.arg:
+            raise ProtocolError(error.message)
+        if isinstance(error, errors.PermissionDenied | errors.InvalidArgument):
+            self._publisher.refuse(frame.arg)
+            log.error("the bus doesn't take an event: %s", error.message)
             return
-        if message.kind in ("event", "gap"):
-            subscription = self._subscriptions.get(message.serial)
-            if subscription is not None:
-                subscription.push(message)
-            return
-        pending = self._pending.get(message.serial)
-        if pending is None:
-            close_fds(message.fds)
-            return
-        pending.push(message)
+        pause_s = self._publisher.pause(frame.arg)
+        if pause_s is not None:
+            log.warning("the bus can't take events now: %s", error.message)
+            self.deadlines.at(self.loop.now() + pause_s, self._publisher.resume)
 
     def _connected(self) -> None:
-        """Take up where the last connection ended."""
-        assert self._group is not None
-        subscriptions, self._subscriptions = self._subscriptions, {}
-        for subscription in subscriptions.values():
-            _, serial, _ = self._subscribe(subscription)
-            del self._pending[serial]  # it was accepted before: nobody waits for the answer
-        for _, data in self._unacknowledged:
-            self._send(data)
-        self._failure = None
-        self._up.set()
+        """Take up where the last connection ended. (Subscriptions do it themselves: they have been waiting for the link.)"""
+        self._publisher.connected()
         if self._service is not None:
+            assert self._group is not None
             self._group.start_soon(self._register_again, self._service)
 
-    async def _register_again(self, service: Service) -> None:
-        """The old connection's end may reach the broker after our new one: try until the name is free."""
-        session = self._session
-        pause = FIRST_RETRY_S
-        while session is self._session:
-            try:
-                await self._register(service)
-                return
-            except errors.AlreadyExists:
-                await anyio.sleep(pause)
-                pause = min(LAST_RETRY_S, pause * 2)
-            except errors.Unavailable:
-                return
-
     def _disconnected(self) -> None:
-        transport, self._transport = self._transport, None
-        if transport is not None:
-            anyio.notify_closing(transport.sock)
-            transport.close()
-        if self._up.is_set():
-            self._up = anyio.Event()
-        for call in self._served.values():
-            call.scope.cancel()
+        self._publisher.disconnected()
+        served, self._served = self._served, {}
+        for call in served.values():
+            call.abandon()
         pending, self._pending = self._pending, {}
         for waiter in pending.values():
-            waiter.push(errors.Unavailable("lost the connection to the bus during the call"))
+            if waiter.timer is not None:
+                self.deadlines.cancel(waiter.timer)
+            waiter.fail(errors.Unavailable("lost the connection to the bus during the call"))
+        subscriptions, self.subscriptions = self.subscriptions, {}
+        for subscription in subscriptions.values():
+            subscription.lost()
 
-    def _send(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        transport = self._transport
-        if transport is None or transport.closed:
-            return  # whoever waits has been told, or will be by _disconnected
-        try:
-            if transport.send(data, fds) or self._flushing:
-                return
-        except OSError as error:
-            if fds and error.errno in _NOT_THE_SOCKETS:
-                raise errors.Internal(f"can't pass descriptors over the bus: {error}") from error
-            return  # the reader sees the same, and handles it
-        assert self._group is not None
-        self._flushing = True
-        self._group.start_soon(self._flush, transport)
 
-    async def _flush(self, transport: Transport) -> None:
-        try:
-            while not transport.closed:
-                await anyio.wait_writable(transport.sock)
-                if transport.flush():
-                    break
-        except (OSError, anyio.ClosedResourceError):
-            pass
-        finally:
-            if transport is self._transport:
-                self._flushing = False
+class _Answer:
+    """The answer to a SUBSCRIBE that's awaited."""
 
-    def _serve(self, frame: Frame) -> None:
-        assert self._group is not None
-        call = Call(self._reply, frame)
-        if self._service is None:
-            call.fail(errors.Unimplemented("this connection serves nothing"))
-            return
-        key = (frame.peer, frame.serial)
-        self._served[key] = call
-        session = self._session
+    __slots__ = ("push", "timer")
 
-        def done() -> None:
-            if self._served.get(key) is call:  # else it was cancelled, and the caller has used its number again
-                del self._served[key]
+    def __init__(self, subscription: Subscription) -> None:
+        self.push = subscription.answered
+        self.timer = None
 
-        def send(data: bytes, fds: Sequence[int] = ()) -> None:
-            if session is self._session:  # an answer over another connection would be somebody else's
-                self._send(data, fds)
-
-        call.reply = send
-        self._group.start_soon(serve_call, self._service, call, frame, done)
-
-    def _reply(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        self._send(data, fds)
+    def fail(self, error: errors.BusError) -> None:
+        """The subscription is told by ``lost``."""
 
 
 @asynccontextmanager
@@ -441,9 +500,11 @@ async def connect(path: str | None = None, name: str = "client", *, wait: bool =
         group.start_soon(bus.run, group)
         try:
             if wait:
-                await bus._wait_up(None)
+                await bus.link.wait_up()
             yield bus
         finally:
+            bus.link.close()
             group.cancel_scope.cancel()
 
 
+__all__ = ["Bus", "Events", "ReceivedEvent", "Stream", "connect"]

@@ -1,143 +1,131 @@
-"""What a connection of the async client has open: calls, streams, subscriptions, and what arrived for them and nobody took yet."""
+"""What a connection of the async client has open: calls and streams, and what arrived for them and nobody took yet."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import anyio
 import msgspec
 
 from . import errors
 from .contract.base import Message
-from .session import Incoming
+from .session import refusal
 from .transport import close_fds
+from .wire import ERROR, ITEM, RESULT, STREAM_WINDOW, Frame
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .wakeup import Timer, Wakeup
 
 Res = TypeVar("Res", bound=Message)
 
-# Events a subscriber of this process hasn't taken yet; beyond it the oldest are dropped and a gap is told.
-MAX_BUFFERED_EVENTS = 16_384
-
-_decoders: dict[type[Message], msgspec.msgpack.Decoder[Any]] = {}
+_decoders: dict[type[Message], Callable[[bytes], Any]] = {}
 
 
 def decode_body(kind: type[Res], raw: bytes) -> Res:
     """Decode and validate. Raises ``InvalidArgument``."""
-    decoder = _decoders.get(kind)
-    if decoder is None:
-        decoder = _decoders[kind] = msgspec.msgpack.Decoder(kind)
+    decode = _decoders.get(kind)
+    if decode is None:
+        decode = _decoders[kind] = msgspec.msgpack.Decoder(kind).decode
     try:
-        value: Res = decoder.decode(raw or b"\x80")
+        value: Res = decode(raw or b"\x80")
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise errors.InvalidArgument(f"bad {kind.__name__}: {error}") from error
     return value
 
 
-class ReceivedEvent:
-    """An event as a subscriber gets it. A gap has the topic ``bus.gap`` and lost, first_offset and last_offset in its payload."""
-
-    __slots__ = ("offset", "payload", "source", "time_ns", "topic")
-
-    def __init__(self, topic: str, offset: int, source: str, time_ns: int, payload: dict[str, Any]) -> None:
-        self.topic = topic
-        self.offset = offset
-        self.source = source
-        self.time_ns = time_ns
-        self.payload = payload
-
-
-class Subscription:
-    def __init__(self, patterns: list[str], since: int | str | None) -> None:
-        self.patterns = patterns
-        self.since = since
-        self.bus_id = ""
-        self.events: deque[Incoming] = deque()
-        self.dropped = 0
-        self.first_dropped = 0
-        self.wake = anyio.Event()
-
-    def push(self, message: Incoming) -> None:
-        self.since = message.offset + 1
-        if len(self.events) >= MAX_BUFFERED_EVENTS:
-            oldest = self.events.popleft()
-            self.first_dropped = self.first_dropped or oldest.offset
-            self.dropped += 1
-        self.events.append(message)
-        self.wake.set()
-
-
 class Pending:
-    """An open call: what arrived for it and nobody took yet."""
+    """An open call. Answers are taken in order; then comes what ended it: a lost connection, a deadline."""
 
-    __slots__ = ("inbox", "wake")
+    __slots__ = ("failure", "inbox", "serial", "timer", "wakeup")
 
-    def __init__(self) -> None:
-        self.inbox: deque[Incoming | errors.BusError] = deque()
-        self.wake = anyio.Event()
+    def __init__(self, serial: int, wakeup: Wakeup) -> None:
+        self.serial = serial
+        self.inbox: deque[Frame] = deque()
+        self.wakeup = wakeup
+        self.failure: errors.BusError | None = None
+        self.timer: Timer | None = None
 
-    def push(self, message: Incoming | errors.BusError) -> None:
-        self.inbox.append(message)
-        self.wake.set()
+    def push(self, frame: Frame) -> bool:
+        """Whether that woke a task."""
+        self.inbox.append(frame)
+        return self.wakeup.wake()
 
-    async def pop(self) -> Incoming:
+    def fail(self, error: errors.BusError) -> None:
+        self.failure = error
+        self.wakeup.wake()
+
+    async def pop(self) -> Frame:
+        """The next ITEM, or the RESULT. Raises the call's error."""
         while not self.inbox:
-            self.wake = anyio.Event()
-            await self.wake.wait()
-        message = self.inbox.popleft()
-        if isinstance(message, errors.BusError):
-            raise message
-        if message.kind == "error":
-            close_fds(message.fds)
-            raise message.error()
-        return message
+            if self.failure is not None:
+                raise self.failure
+            await self.wakeup.wait()
+        frame = self.inbox.popleft()
+        if frame.kind == ERROR:
+            close_fds(frame.fds)
+            raise refusal(frame)
+        return frame
 
     def close(self) -> None:
-        for message in self.inbox:
-            if isinstance(message, Incoming):
-                close_fds(message.fds)
+        for frame in self.inbox:
+            close_fds(frame.fds)
+        self.inbox.clear()
 
 
 class Stream(Generic[Res]):
-    """A call that streams. Iterate over its items, then ask for the ``result``."""
+    """A call that streams. Iterate over its items, then ask for the ``result``.
 
-    def __init__(self, item_taken: Callable[[int], None], serial: int, pending: Pending, item: type[Message], result: type[Res]) -> None:
+    After the call's deadline both raise ``DeadlineExceeded``; whatever else the block does isn't interrupted by it.
+    """
+
+    def __init__(
+        self, item_taken: Callable[[Pending, int], None], pending: Pending, item: type[Message], result: type[Res]
+    ) -> None:
         self._item_taken = item_taken
-        self._serial = serial
+        self._taken = 0
         self._pending = pending
         self._item = item
         self._result_type = result
-        self._result: Incoming | None = None
+        self._result: Frame | None = None
         self._fds: list[int] = []
 
     def __aiter__(self) -> Stream[Res]:
         return self
 
     async def __anext__(self) -> Any:
-        message = await self._next()
-        if message is None:
+        frame = await self._next()
+        if frame is None:
             raise StopAsyncIteration
-        return decode_body(self._item, message.raw)
+        return decode_body(self._item, frame.body)
 
-    async def _next(self) -> Incoming | None:
+    async def _next(self) -> Frame | None:
         if self._result is not None:
             return None
-        close_fds(self.take_fds())
-        message = await self._pending.pop()
-        self._fds = message.fds
-        if message.kind == "result":
-            self._result = message
+        self.close()
+        frame = await self._pending.pop()
+        self._fds = frame.fds
+        if frame.kind == RESULT:
+            self._result = frame
             return None
-        self._item_taken(self._serial)
-        return message
+        assert frame.kind == ITEM
+        self._taken += 1
+        if self._taken >= STREAM_WINDOW // 2:
+            self._item_taken(self._pending, self._taken)
+            self._taken = 0
+        return frame
 
     def take_fds(self) -> list[int]:
         """The descriptors of the latest item or of the result; they're yours then."""
         fds, self._fds = self._fds, []
         return fds
 
+    def close(self) -> None:
+        close_fds(self.take_fds())
+
     async def result(self) -> Res:
         """Wait for the end, passing over items not yet taken. Raises the call's error."""
         while self._result is None:
             await self._next()
-        return decode_body(self._result_type, self._result.raw)
+        return decode_body(self._result_type, self._result.body)

@@ -1,6 +1,7 @@
-"""The client's side of a connection, without I/O: which calls are open, what an arriving frame means.
+"""The client's side of a connection, without I/O: what is said in which frame, which calls are open, what an arriving frame means.
 
-Shared by the async client and the blocking one. Frames to send come back as bytes; frames received become ``Incoming`` objects.
+The functions are shared by the async client and the blocking one; ``Session`` and ``Incoming`` are the blocking one's, which imports
+nothing more: it's what the command line starts with.
 """
 
 from __future__ import annotations
@@ -16,12 +17,11 @@ from .wire import (
     ERROR,
     EVENT,
     GAP,
+    HEARTBEAT,
     HELLO,
     ITEM,
-    PING,
     PONG,
     PROTOCOL_VERSION,
-    REGISTER,
     RESULT,
     STREAM_WINDOW,
     SUBSCRIBE,
@@ -30,41 +30,125 @@ from .wire import (
     Frame,
     ProtocolError,
     encode,
+    split_events,
 )
 
-_KINDS = {RESULT: "result", ERROR: "error", ITEM: "item", EVENT: "event", GAP: "gap"}
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from datetime import datetime
+
+    Since = int | str | datetime | None
+    Filters = Mapping[str, str | Sequence[str]]
+
+_KINDS = {RESULT: "result", ERROR: "error", ITEM: "item"}
 
 
 class Incoming:
     """What arrived for the user of a connection.
 
-    ``kind`` is item, result, error (for the call ``serial``), event or gap (for the subscription ``serial``). ``raw`` is the
-    body's msgpack; ``body`` decodes it. ``fds`` belong to whoever has the object.
+    ``kind`` is item, result, error (for the call ``serial``), event, gap or heartbeat (for the subscription ``serial``). ``raw`` is
+    the msgpack of the body, or of the event's payload; ``body`` decodes it. ``offset`` is the event's, of a gap the last one lost, of
+    a heartbeat the next one's. ``source`` is the service that published the event, ``time_ns`` when the broker got it. Of a result
+    ``offset`` is where to subscribe for what happened after the state it tells (0: not known). ``fds`` belong to whoever has the
+    object.
     """
 
-    __slots__ = ("fds", "kind", "offset", "raw", "serial", "topic")
+    __slots__ = ("fds", "kind", "offset", "raw", "serial", "source", "time_ns", "topic")
 
-    def __init__(self, kind: str, serial: int, raw: bytes, fds: list[int], topic: str = "", offset: int = 0) -> None:
+    def __init__(
+        self,
+        kind: str,
+        serial: int,
+        raw: bytes,
+        fds: list[int],
+        topic: str = "",
+        offset: int = 0,
+        source: str = "",
+        time_ns: int = 0,
+    ) -> None:
         self.kind = kind
         self.serial = serial
         self.raw = raw
         self.fds = fds
         self.topic = topic
         self.offset = offset
+        self.source = source
+        self.time_ns = time_ns
 
     @property
-    def body(self) -> dict[str, object]:
-        """The decoded body. Of an event: ``source``, ``time_ns`` and ``payload``."""
-        if self.kind == "event":
-            source, time_ns, payload = unpackb(self.raw)
-            return {"source": source, "time_ns": time_ns, "payload": payload}
-        value = unpackb(self.raw) if self.raw else {}
+    def payload(self) -> dict[str, object]:
+        """The decoded payload of an event or gap, the decoded body of anything else. Raises ``ProtocolError`` if it isn't a map."""
+        try:
+            value = unpackb(self.raw) if self.raw else {}
+        except ValueError as error:  # the base of msgpack's own
+            raise ProtocolError(f"body of a {self.kind} is not msgpack: {error}") from error
         if not isinstance(value, dict):
             raise ProtocolError(f"body of a {self.kind} is not a map")
         return value
 
+    @property
+    def body(self) -> dict[str, object]:
+        """As ``payload``; of an event ``source``, ``time_ns`` and ``payload``."""
+        if self.kind == "event":
+            return {"source": self.source, "time_ns": self.time_ns, "payload": self.payload}
+        return self.payload
+
     def error(self) -> errors.BusError:
         return errors.from_body(self.body)
+
+
+def hello(name: str, publisher: str = "") -> bytes:
+    body = {"version": PROTOCOL_VERSION, "oldest": PROTOCOL_VERSION, "name": name, "publisher": publisher}
+    return encode(HELLO, b"", packb(body))
+
+
+def subscribe_body(
+    patterns: Sequence[str],
+    since: Since = None,
+    *,
+    filters: Filters | None = None,
+    durable: str = "",
+    heartbeat_s: float | None = None,
+) -> bytes:
+    """SUBSCRIBE's body. ``since``: an offset, "beginning", a ``datetime``, None for now. Raises ``InvalidArgument``."""
+    body: dict[str, object] = {"patterns": list(patterns)}
+    if since is None or since == "beginning" or (isinstance(since, int) and not isinstance(since, bool) and since >= 0):
+        body["since"] = since
+    elif not isinstance(since, int | str) and hasattr(since, "timestamp"):  # the command line doesn't import datetime
+        body["since_ns"] = round(since.timestamp() * 1_000_000) * 1000
+    else:
+        raise errors.InvalidArgument(f'since must be an offset, "beginning", a datetime or None, not {since!r}')
+    if filters:
+        body["filters"] = {field: [values] if isinstance(values, str) else list(values) for field, values in filters.items()}
+    if durable:
+        body["durable"] = durable
+    if heartbeat_s is not None:
+        body["heartbeat_ms"] = int(heartbeat_s * 1000)
+    data: bytes = packb(body)
+    return data
+
+
+def acknowledge(subscription: int, offset: int) -> bytes:
+    """Everything up to and including ``offset`` is processed."""
+    return encode(ACK, b"", b"", subscription, 0, offset)
+
+
+def gap_body(frame: Frame) -> tuple[int, int, int]:
+    """(events lost, the first one's offset, the last one's). Raises ``ProtocolError``."""
+    try:
+        body = unpackb(frame.body)
+        return int(body["lost"]), int(body["first_offset"]), int(body["last_offset"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ProtocolError(f"bad {frame!r}: {error}") from error
+
+
+def next_offset(body: bytes) -> int:
+    """Where a subscription begins, by the answer to SUBSCRIBE. Raises ``ProtocolError``."""
+    try:
+        return int(unpackb(body)["next_offset"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ProtocolError(f"bad answer to SUBSCRIBE: {error}") from error
 
 
 class Session:
@@ -81,27 +165,17 @@ class Session:
         self.connection_id = 0
         self.welcomed = False
 
-    def hello(self, name: str, publisher: str = "") -> bytes:
-        body = {"version": PROTOCOL_VERSION, "oldest": PROTOCOL_VERSION, "name": name, "publisher": publisher}
-        return encode(HELLO, b"", packb(body))
-
     def call(self, method: str, body: bytes, fds: int = 0, timeout_ms: int = 0) -> tuple[int, bytes]:
         self._serial += 1
         serial = self._serial
         self.calls.add(serial)
         return serial, encode(CALL, method.encode(), body, 0, serial, timeout_ms, fds)
 
-    def register(self, name: str) -> tuple[int, bytes]:
-        self._serial += 1
-        self.calls.add(self._serial)
-        return self._serial, encode(REGISTER, name.encode(), b"", 0, self._serial)
-
-    def subscribe(self, patterns: list[str], since: int | str | None) -> tuple[int, int, bytes]:
-        """(serial of the answer, subscription ID, frame)."""
+    def subscribe(self, body: bytes) -> tuple[int, int, bytes]:
+        """(serial of the answer, subscription ID, frame). ``body``: see ``subscribe_body``."""
         self._serial += 1
         self._subscription += 1
         self.calls.add(self._serial)
-        body = packb({"patterns": patterns, "since": since})
         return self._serial, self._subscription, encode(SUBSCRIBE, b"", body, self._subscription, self._serial)
 
     def unsubscribe(self, subscription: int) -> bytes:
@@ -122,37 +196,62 @@ class Session:
         self._consumed[serial] = 0
         return encode(CREDIT, b"", b"", 0, serial, count)
 
-    def receive(self, frame: Frame) -> Incoming | None:
-        """What the frame means to the user; None if it's no longer of interest (its descriptors are then the caller's to close).
+    def receive(self, frame: Frame) -> Sequence[Incoming]:
+        """What the frame means to the user; its descriptors are the caller's to close if that's nothing.
 
-        CALL, CANCEL, CREDIT and ACK frames concern a service or publisher and are not for this method.
+        Raises the ``BusError`` by which the broker refuses the connection, ``ProtocolError``. CALL, CANCEL, CREDIT and ACK frames
+        concern a service or publisher and are not for this method.
         """
         kind = frame.kind
-        if kind == EVENT or kind == GAP:
-            return Incoming(_KINDS[kind], frame.peer, frame.body, frame.fds, frame.route.decode(), frame.arg)
+        if kind == EVENT:
+            source = frame.route.decode("utf-8", "replace")
+            time_ns, events = split_events(frame.body)
+            offset, subscription = frame.arg, frame.peer
+            return [
+                Incoming("event", subscription, payload, [], topic.decode("utf-8", "replace"), offset + index, source, time_ns)
+                for index, (topic, payload) in enumerate(events)
+            ]
         if kind == RESULT or kind == ERROR or kind == ITEM:
             serial = frame.serial
             if serial not in self.calls:
-                if kind == ERROR and serial == 0:  # the broker refuses the connection as a whole
-                    raise errors.from_body(unpackb(frame.body))
-                return None
+                if kind == ERROR and serial == 0 and frame.arg == 0:  # the broker refuses the connection as a whole
+                    raise refusal(frame)
+                return ()
             if kind != ITEM:
                 self.calls.discard(serial)
                 self._consumed.pop(serial, None)
-            return Incoming(_KINDS[kind], serial, frame.body, frame.fds)
+            return (Incoming(_KINDS[kind], serial, frame.body, frame.fds, "", frame.arg),)
+        if kind == GAP:
+            return (Incoming("gap", frame.peer, frame.body, [], "bus.gap", frame.arg, "bus"),)
+        if kind == HEARTBEAT:
+            return (Incoming("heartbeat", frame.peer, frame.body, [], "bus.heartbeat", frame.arg, "bus"),)
         if kind == WELCOME:
-            body = unpackb(frame.body)
-            self.bus_id = str(body["bus"])
-            self.connection_id = int(body["connection"])
+            self.bus_id, self.connection_id = welcome(frame)
             self.welcomed = True
-            return None
-        if kind in (ACK, PONG):
-            return None
+            return ()
+        if kind in (ACK, PONG) or kind > HEARTBEAT:  # a newer broker may say more, to be ignored
+            return ()
         raise ProtocolError(f"unexpected {frame!r}")
+
+
+def refusal(frame: Frame) -> errors.BusError:
+    """The error in an ERROR frame."""
+    try:
+        return errors.from_body(unpackb(frame.body))
+    except ValueError as error:
+        raise ProtocolError(f"bad {frame!r}: {error}") from error
+
+
+def welcome(frame: Frame) -> tuple[str, int]:
+    """(the journal's ID, the connection's ID). Raises ``ProtocolError``."""
+    try:
+        body = unpackb(frame.body)
+        return str(body["bus"]), int(body["connection"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ProtocolError(f"bad {frame!r}: {error}") from error
 
 
 def pong(frame: Frame) -> bytes:
     return encode(PONG, b"", b"", 0, frame.serial)
 
 
-__all__ = ["PING", "Incoming", "Session", "pong"]

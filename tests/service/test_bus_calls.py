@@ -12,7 +12,6 @@ import trio
 import trio.testing
 
 from pyx_bus import client, errors, sync, testing, wire
-from pyx_bus.broker import run_broker
 from pyx_bus.contract.base import Empty, Message, Method
 from pyx_bus.contract.volumed import VolumeCreated
 from pyx_bus.service import Call, Context, Service
@@ -227,9 +226,11 @@ async def start_broker(nursery: trio.Nursery, path: Path) -> trio.CancelScope:
     """A broker that the test can end while the rest goes on."""
     scope = trio.CancelScope()
 
-    async def run(task_status: trio.TaskStatus[Path]) -> None:
+    async def run(task_status: trio.TaskStatus[None]) -> None:
         with scope:
-            await run_broker(path, task_status)
+            async with testing.broker(path.parent):
+                task_status.started()
+                await trio.sleep_forever()
 
     await nursery.start(run)
     return scope
@@ -259,7 +260,7 @@ async def test_broker_restart_is_survived(tmp_path: Path) -> None:
                     async with client.connect(str(path)) as watcher:
                         async with watcher.events("volume.>", since="beginning") as events:
                             event = await anext(events)
-                assert (event.topic, event.payload["id"]) == ("volume.create", "v")
+                assert (event.topic, event.payload.id) == ("volume.create", "v")
                 assert answers == [Answer(text="2")]
             second.cancel()
 
@@ -325,7 +326,7 @@ async def test_a_cancelled_call_s_number_can_be_used_again(tmp_path: Path) -> No
         with trio.move_on_after(0.05):
             await bus.call(ECHO, Ask(text="first"))
         await bus.call(ECHO, Ask(text="third"))  # frames stay in order: the service has seen the cancellation
-        bus._session._serial = 0
+        bus._serial = 0
         with trio.move_on_after(0.05) as second:
             async with bus.stream(ECHO, Ask(text="second")) as stream:
                 first_ends.set()
@@ -342,7 +343,7 @@ async def test_a_subscription_given_up_leaves_nothing(tmp_path: Path) -> None:
             scope.cancel()
             async with bus.events("b.*"):
                 pass
-        assert bus._subscriptions == {} and bus._pending == {}
+        assert bus.subscriptions == {} and bus._pending == {}
 
 
 async def test_descriptors_that_cannot_be_passed_are_an_error(tmp_path: Path) -> None:

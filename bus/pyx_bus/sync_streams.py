@@ -1,0 +1,270 @@
+"""What the blocking client iterates over: a call's items, and events over reconnections.
+
+``Events`` keeps to the same rules as the async client's ``subscription`` module: in order, none twice, none missed without a word, and what
+this process holds of what nobody took yet is bounded: beyond, the subscription is ended and made again when there's room.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+from . import errors
+from .session import Incoming, acknowledge
+from .transport import close_fds
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from .session import Filters, Since
+    from .sync import Connection
+
+MAX_BUFFERED_EVENTS = 16_384
+MAX_BUFFERED_BYTES = 8 << 20
+ACK_EVENTS = 64
+ACK_S = 0.1
+FIRST_RETRY_S = 0.01
+LAST_RETRY_S = 0.5
+# A broker that has just come back may still know our last connection (``conflict`` of a durable name), or have no room yet.
+REFUSED_FOR_S = 10.0
+
+
+class Stream:
+    """A call's items, as dicts; then its ``result``. Leaving the block before the end cancels the call."""
+
+    def __init__(self, connection: Connection, serial: int, timeout_s: float | None) -> None:
+        self._connection = connection
+        self._serial = serial
+        self._timeout_s = timeout_s
+        self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self._result: Incoming | None = None
+        self._ended = False
+        self._fds: list[int] = []
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        close_fds(self.take_fds())
+        if not self._ended and not self._connection.closed:
+            self._ended = True
+            self._connection.cancel(self._serial)
+
+    def __iter__(self) -> Iterator[dict[str, object]]:
+        return self
+
+    def __next__(self) -> dict[str, object]:
+        message = self._next()
+        if message is None:
+            raise StopIteration
+        return message.body
+
+    def _next(self) -> Incoming | None:
+        if self._ended:
+            return None
+        close_fds(self.take_fds())
+        try:
+            message = self._connection.next_answer(self._serial, self._deadline)
+        except errors.BusError:
+            self._ended = True
+            raise
+        if message is None:
+            self._ended = True
+            self._connection.cancel(self._serial)
+            raise errors.DeadlineExceeded(f"no answer within {self._timeout_s} s")
+        self._fds = message.fds
+        if message.kind == "result":
+            self._ended = True
+            self._result = message
+            return None
+        return message
+
+    def take_fds(self) -> list[int]:
+        """The descriptors of the latest item or of the result; they're yours then."""
+        fds, self._fds = self._fds, []
+        return fds
+
+    def result(self) -> dict[str, object]:
+        """Wait for the end, passing over items not yet taken. Raises the call's error."""
+        while self._next() is not None:
+            pass
+        if self._result is None:
+            raise errors.Cancelled("the call has ended without a result")
+        return self._result.body
+
+
+class Events:
+    """Iterate over it, or ask it with ``receive``. A ``with`` block ends the subscription; so does ``close``."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        encode: Callable[..., bytes],
+        patterns: Sequence[str],
+        since: Since,
+        filters: Filters | None,
+        durable: str,
+        heartbeat_s: float | None,
+        *,
+        auto_ack: bool,
+        retry_for_s: float | None,
+    ) -> None:
+        self._connection = connection
+        self._encode = encode
+        self._patterns = patterns
+        self._since = since
+        self._asked = {"filters": filters, "durable": durable, "heartbeat_s": heartbeat_s}
+        self._durable = bool(durable)
+        self._auto_ack = auto_ack and self._durable
+        self._retry_for_s = retry_for_s
+        self._id = 0
+        self._closed = False
+        self._buffer: deque[Incoming] = deque()
+        self._buffered_bytes = 0
+        self._journal = ""
+        self._resume_at = 0  # the first offset that hasn't come; 0 before the first answer
+        self._processed = 0
+        self._acknowledged = 0
+        self._acknowledged_at = 0.0
+        self._handed_out = 0
+        self._subscribe()
+
+    def __enter__(self) -> Events:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Without an exception the event handed out last counts as processed."""
+        if kind is None and self._auto_ack:
+            self.ack(self._handed_out)
+        self.close()
+
+    def __iter__(self) -> Iterator[Incoming]:
+        return self
+
+    def __next__(self) -> Incoming:
+        if self._closed:
+            raise StopIteration
+        message = self.receive()
+        if message is None:
+            raise StopIteration
+        return message
+
+    def pending(self) -> bool:
+        """An event is here already: ``receive`` won't block."""
+        return bool(self._buffer)
+
+    def receive(self, timeout_s: float | None = None) -> Incoming | None:
+        """The next event, gap or heartbeat; None if nothing came within ``timeout_s``.
+
+        Raises ``Unavailable`` if the bus stays away longer than ``retry_for_s``, and the error by which it refuses the subscription.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        if self._auto_ack:
+            self.ack(self._handed_out)
+        while not self._buffer:
+            if self._closed:
+                return None
+            try:
+                if not self._id and not self._subscribe_again(deadline):
+                    return None
+                self._send_ack()
+                if not self._buffer and not self._connection.read(deadline):
+                    return None
+            except errors.Unavailable:
+                if not self._connection.closed:
+                    raise  # it's us who were away for too long
+                self._id = 0
+        message = self._buffer.popleft()
+        if message.kind != "heartbeat":
+            self._handed_out = message.offset
+        if not self._buffer:
+            self._buffered_bytes = 0
+        return message
+
+    def ack(self, offset: int) -> None:
+        """Every event up to and including ``offset`` is processed (durable subscriptions with ``auto_ack=False``)."""
+        if not self._durable or offset <= self._processed:
+            return
+        self._processed = offset
+        if offset >= self._acknowledged + ACK_EVENTS or time.monotonic() >= self._acknowledged_at + ACK_S:
+            try:
+                self._send_ack()
+            except errors.Unavailable:
+                self._id = 0
+
+    def close(self) -> None:
+        """End the subscription; a durable one goes on from what's acknowledged when somebody subscribes under its name again."""
+        if self._closed:
+            return
+        self._closed = True
+        self._buffer.clear()
+        if self._connection.closed or not self._id:
+            return
+        try:
+            self._send_ack()
+            subscription, self._id = self._id, 0
+            self._connection.unsubscribe(subscription)
+        except errors.Unavailable:
+            pass  # then it has ended with the connection
+
+    # --- what the connection tells -----------------------------------------------------------------------------------
+
+    def push(self, messages: Sequence[Incoming], size: int) -> None:
+        for message in messages:
+            after = message.offset if message.kind == "heartbeat" else message.offset + 1
+            if after > self._resume_at or message.kind == "heartbeat":
+                self._resume_at = max(self._resume_at, after)
+                self._buffer.append(message)
+        self._buffered_bytes += size
+        if self._id and (len(self._buffer) >= MAX_BUFFERED_EVENTS or self._buffered_bytes >= MAX_BUFFERED_BYTES):
+            subscription, self._id = self._id, 0
+            self._connection.unsubscribe(subscription)
+
+    def lost(self) -> None:
+        self._id = 0
+
+    # --- subscribing -------------------------------------------------------------------------------------------------
+
+    def _subscribe_again(self, deadline: float | None) -> bool:
+        """Connect again if need be, and go on. False at the deadline."""
+        give_up = None if self._retry_for_s is None else time.monotonic() + self._retry_for_s
+        refused_for = time.monotonic() + REFUSED_FOR_S
+        pause = FIRST_RETRY_S
+        while True:
+            try:
+                if self._connection.closed:
+                    self._connection.connect()
+                self._subscribe()
+                return True
+            except errors.Unavailable:
+                if give_up is not None and time.monotonic() > give_up:
+                    raise
+            except (errors.Conflict, errors.ResourceExhausted):
+                if time.monotonic() > refused_for:
+                    raise
+            if deadline is not None and time.monotonic() + pause > deadline:
+                return False
+            time.sleep(pause)  # between two looks at whether the broker is back
+            pause = min(LAST_RETRY_S, pause * 2)
+
+    def _subscribe(self) -> None:
+        connection = self._connection
+        since: Since = self._resume_at or self._since
+        if self._journal and self._journal != connection.bus_id:  # offsets of another journal mean nothing in this one
+            from msgpack import packb
+
+            self._since = since = "beginning"
+            self._resume_at = self._handed_out = self._processed = 0
+            lost = packb({"lost": -1, "first_offset": 0, "last_offset": 0, "journal": connection.bus_id})
+            self._buffer.append(Incoming("gap", 0, lost, [], "bus.gap", 0, "bus"))
+        self._journal = connection.bus_id
+        self._acknowledged = 0
+        self._id, answer = connection.ask_to_subscribe(self._encode(self._patterns, since, **self._asked), self)
+        if not self._resume_at:
+            self._resume_at = int(str(answer["next_offset"]))
+
+    def _send_ack(self) -> None:
+        if self._processed > self._acknowledged and self._id and not self._connection.closed:
+            self._acknowledged, self._acknowledged_at = self._processed, time.monotonic()
+            self._connection.send(acknowledge(self._id, self._processed))
