@@ -226,11 +226,14 @@ def next_good(fd: int, position: int, end: int, wanted: int) -> int | None:
 def _is_torn(fd: int, position: int, end: int) -> bool:
     """Whether what's at the end is the beginning of a record whose rest was never written: nobody was told of it then.
 
-    The events' own sizes say how long it was to be, so that a wrong size of the record doesn't pass for it.
+    Both the record's size and those of its events must say that there was to be more: one of them may be what's wrong.
     """
     data = os.pread(fd, end - position, position)
     if len(data) < RECORD_SIZE:
         return True
+    whole: int = RECORD.unpack_from(data)[0]
+    if whole <= len(data):
+        return False
     count: int = RECORD.unpack_from(data)[5]
     at: int = RECORD_SIZE + data[RECORD_SIZE - 4] + data[RECORD_SIZE - 3]
     while count and len(data) - at >= 4:
