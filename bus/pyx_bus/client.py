@@ -14,7 +14,6 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import anyio
-import anyio.abc
 import msgspec
 from msgpack import packb
 
@@ -28,7 +27,7 @@ from .session import pong, refusal
 from .subscription import Events, ReceivedEvent, Subscription
 from .sync import default_path
 from .transport import close_fds
-from .wakeup import Deadlines, current_loop
+from .wakeup import Deadlines, Group, current_loop
 from .wire import (
     ACK,
     CALL,
@@ -81,7 +80,7 @@ class Bus:
         self._pending: dict[int, Pending | _Answer] = {}
         self._service: Service | None = None
         self._served: dict[tuple[int, int], Call] = {}
-        self._group: anyio.abc.TaskGroup | None = None
+        self._group: Group | None = None
 
     @property
     def connected(self) -> bool:
@@ -384,7 +383,7 @@ class Bus:
     async def _finish(self, call: Call, work: object, key: tuple[int, int]) -> None:
         assert self._service is not None
         try:
-            await self._service.finish(call, work)
+            await self._service.finish(call, work, self.loop)
         finally:
             if self._served.get(key) is call:  # else it was cancelled, and the caller has used its number again
                 del self._served[key]
@@ -394,7 +393,7 @@ class Bus:
 
     # --- the connection ----------------------------------------------------------------------------------------------
 
-    async def run(self, group: anyio.abc.TaskGroup) -> None:
+    async def run(self, group: Group) -> None:
         """Keep connected until cancelled."""
         self._group = group
         group.start_soon(self.deadlines.run)
@@ -496,7 +495,7 @@ async def connect(path: str | None = None, name: str = "client", *, wait: bool =
     With ``wait=False`` the block is entered at once and calls wait for the connection.
     """
     bus = Bus(path or default_path(), name)
-    async with anyio.create_task_group() as group:
+    async with bus.loop.group() as group:
         group.start_soon(bus.run, group)
         try:
             if wait:

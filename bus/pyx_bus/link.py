@@ -13,13 +13,12 @@ import socket
 from collections.abc import Callable, Sequence
 
 import anyio
-import anyio.abc
 
 from . import errors
 from .session import hello, pong, refusal, welcome
 from .sync import connect_unix
 from .transport import Transport, close_fds
-from .wakeup import Loop
+from .wakeup import Group, Loop
 from .wire import ERROR, PING, WELCOME, Frame, ProtocolError
 
 log = logging.getLogger("pyx_bus.client")  # not structlog: this is a library, its user decides where it logs
@@ -58,13 +57,13 @@ class Link:
         self._transport: Transport | None = None
         self._news = anyio.Event()  # the connection came up, or was refused
         self._failure: errors.BusError | None = None
-        self._group: anyio.abc.TaskGroup | None = None
+        self._group: Group | None = None
         self._gathering = False
         self._blocked = False
         self._gather_end = loop.wakeup()
         self._gather_ends = False
 
-    async def run(self, group: anyio.abc.TaskGroup) -> None:
+    async def run(self, group: Group) -> None:
         """Keep connected until cancelled."""
         self._group = group
         group.start_soon(self._end_gathering)

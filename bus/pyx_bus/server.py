@@ -16,6 +16,7 @@ from msgpack import packb
 from . import errors
 from .contract.base import Message, Method
 from .transport import close_fds
+from .wakeup import Loop, Scope
 from .wire import ERROR, FLAG_MONITOR, ITEM, RESULT, STREAM_WINDOW, Frame, ProtocolError, encode
 
 log = logging.getLogger("pyx_bus.server")
@@ -67,7 +68,7 @@ class Call:
         self.timeout_s = (frame.arg & 0xFFFFFFFF) / 1000 or None
         self.fds = frame.fds
         self.reply_fds: list[int] = []
-        self.scope: anyio.CancelScope | None = None
+        self.scope: Scope | None = None
         self._peer = frame.peer
         self._serial = frame.serial
         self._published = published
@@ -188,18 +189,17 @@ class Service:
             except (msgspec.DecodeError, msgspec.ValidationError) as error:
                 raise errors.InvalidArgument(f"bad request to {call.method}: {error}") from error
             result = handler(call, request)
-            if is_async or inspect.isawaitable(result):
+            if is_async or not isinstance(result, Message):
                 work: Awaitable[Message] = result
-                return work
+                return work  # (a plain function may also return a coroutine)
             call.finish(result)
         except Exception as error:
             self._failed(call, error)
         return None
 
-    async def finish(self, call: Call, work: Any) -> None:
+    async def finish(self, call: Call, work: Any, loop: Loop) -> None:
         """Run an asynchronous handler to its end and answer. Never raises but for cancellation from outside."""
-        deadline = math.inf if call.timeout_s is None else anyio.current_time() + call.timeout_s
-        scope = call.scope = anyio.CancelScope(deadline=deadline)
+        scope = call.scope = loop.scope(math.inf if call.timeout_s is None else loop.now() + call.timeout_s)
         if call.abandoned:
             scope.cancel()
         try:

@@ -11,12 +11,12 @@ import asyncio
 import math
 import sys
 from _socket import socket as Socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from heapq import heapify, heappop, heappush
 from typing import Any, Protocol
 
 import anyio
-import anyio.abc
 
 
 class Wakeup(Protocol):
@@ -33,8 +33,39 @@ class Wakeup(Protocol):
 Receive = Callable[[], "bool | None"]
 
 
+class Scope(Protocol):
+    """A cancel scope, trio's or anyio's."""
+
+    deadline: float
+
+    @property
+    def cancelled_caught(self) -> bool: ...
+
+    # Positional for trio, which has more parameters.
+    def cancel(self) -> object: ...
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any, /) -> bool | None: ...
+
+
+class Group(Protocol):
+    """A nursery or task group."""
+
+    def start_soon(self, function: Callable[..., Awaitable[Any]], /, *args: Any) -> object: ...
+
+    @property
+    def cancel_scope(self) -> Any: ...
+
+
 class Loop(Protocol):
     """The event loop a connection runs in."""
+
+    def group(self) -> AbstractAsyncContextManager[Any]:
+        """The loop's own ``Group``: a task per call served is all it costs, while anyio's on trio adds a scope of its own to each task."""
+        ...
+
+    def scope(self, deadline: float) -> Scope: ...
 
     def wakeup(self) -> Wakeup: ...
 
@@ -90,6 +121,12 @@ class AsyncioLoop:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self.now = self._loop.time
+
+    def group(self) -> AbstractAsyncContextManager[Any]:
+        return anyio.create_task_group()
+
+    def scope(self, deadline: float) -> Scope:
+        return anyio.CancelScope(deadline=deadline)
 
     def wakeup(self) -> AsyncioWakeup:
         return AsyncioWakeup(self._loop)
@@ -151,6 +188,10 @@ def _trio_loop() -> Loop:
         def __init__(self) -> None:
             self.wakeup = TrioWakeup
             self.now = trio.current_time
+            self.group = trio.open_nursery
+
+        def scope(self, deadline: float) -> Scope:
+            return trio.CancelScope(deadline=deadline)
 
         async def tick(self) -> None:
             # trio runs the tasks of a batch in either order: only the second round is sure to be after all of the first.
