@@ -16,14 +16,17 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from msgpack import packb, unpackb
 
-from pyx_bus import errors, roles, wire
+from pyx_bus import client, errors, roles, sync, wire
+from pyx_bus.service import first_error
 from pyx_bus.wire import Frame
 
 USERS, MONITORS, NETD, LOGD = 61_001, 61_002, 61_003, 61_004
@@ -361,6 +364,51 @@ def test_others_are_refused_and_told_why(peers: Peers) -> None:
         assert peer.ended()
     assert root.call("bus.stats")["refused"] == before + 3
     assert account(root, STRANGER)["connections"] == 0
+
+
+@pytest.mark.parametrize("which", ["blocking", "trio", "asyncio"])
+def test_the_clients_tell_who_is_refused_why(bus: str, which: str) -> None:
+    """However soon the broker has closed the connection: before our HELLO is out, too."""
+
+    def blocking() -> None:
+        sync.Connection(bus).close()
+
+    async def connecting() -> None:
+        async with client.connect(bus, "stranger"):
+            pass
+
+    def attempt() -> str:
+        said = "connected"
+        try:
+            blocking() if which == "blocking" else anyio.run(connecting, backend=which)
+        except* errors.BusError as group:  # the async client's comes out of a nursery
+            error = first_error(group)
+            said = f"{error.code}: {error.message}"
+        return said
+
+    said = as_somebody_else(STRANGER, lambda: sorted({attempt() for _ in range(30)}))
+    assert said == [f"permission_denied: user {STRANGER} may not use this bus"]
+
+
+def as_somebody_else(uid: int, call: Callable[[], object]) -> Any:
+    """What a function returns in a child process of that user, by way of JSON."""
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setresgid(NOBODYS, NOBODYS, NOBODYS)
+            os.setresuid(uid, uid, uid)
+            os.write(write_end, json.dumps(call()).encode())
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    os.close(write_end)
+    with open(read_end, "rb") as pipe:
+        said = pipe.read()
+    os.waitpid(child, 0)
+    return json.loads(said)
 
 
 def test_a_role_is_of_the_connection_not_of_the_process(peers: Peers) -> None:
