@@ -267,8 +267,7 @@ class Journal:
         if not self._segments or self._segments[0] is self._active:
             return False
         _log.warning("the disk is full: the journal gives up its oldest events, %s", self._segments[0].path.name)
-        self._remove(self._segments[0])
-        return self._keeper.unlink()
+        return self._remove(self._segments[0]) and self._keeper.unlink()
 
     def _roll(self, time_ns: int, size: int) -> Segment:
         """Begin a new segment, with room for a record of ``size`` bytes. Raises ``JournalError``."""
@@ -294,14 +293,16 @@ class Journal:
         segment.close()
         self._keeper.seal(segment.path, self.next_offset, self._publishers.copy())
 
-    def _remove(self, segment: Segment) -> None:
+    def _remove(self, segment: Segment) -> bool:
+        """Give up a segment that isn't written any more. False if it has to stay."""
+        if len(self._segments) == 1 and not self._keeper.save():
+            return False  # it's what says how far offsets have got
         segment.close()
         segment.removed = True
         self._segments.remove(segment)
-        if segment is self._active:
-            self._active = None
         self.size_bytes -= segment.size
         self._keeper.doom(segment.path)
+        return True
 
     def expire(self, now_ns: int) -> None:
         """Remove the oldest segments that are over the limits of size and age. To be called every minute or so."""
@@ -320,12 +321,11 @@ class Journal:
             active = self._active.size if self._active is not None else 0
             if last_time >= too_old and self.size_bytes - active <= self.limits.max_bytes - room:
                 break
-            self._remove(self._segments[0])
+            if not self._remove(self._segments[0]):
+                break
         publishers, oldest = self._publishers, self.oldest_offset
         while publishers and next(iter(publishers.values()))[1] <= oldest and len(publishers) > 1024:
             publishers.popitem(last=False)
-        if had and not self._segments:  # nothing else says now how far offsets have got
-            self._keeper.save()
         return len(self._segments) < had
 
     # Reading

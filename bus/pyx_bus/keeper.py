@@ -154,13 +154,15 @@ class Keeper:
         self.low = reserved - self._block // 2
         self.reserved = reserved
 
-    def save(self) -> None:
-        """Write down how far offsets have got, when no segment says it any more."""
+    def save(self) -> bool:
+        """Write down how far offsets have got, when no segment is to say it any more. Whether that went well."""
         with self._lock:
             try:
                 self._write_state(self.reserved, sync=False)
             except OSError as e:
                 _log.error("can't write the journal's state: %s", e)
+                return False
+            return True
 
     def _write_state(self, reserved: int, *, sync: bool, clean: bool = False) -> None:
         self._generation += 1
