@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections import OrderedDict
 from logging import getLogger
 from pathlib import Path
@@ -83,7 +82,7 @@ def _find(directory: Path, journal_id: bytes) -> tuple[list[Segment], bytes, boo
             continue
         unreadable = False
         segments.append(found[1])
-    return segments, journal_id or secrets.token_hex(8).encode(), unreadable
+    return segments, journal_id or os.urandom(8).hex().encode(), unreadable
 
 
 def _set_aside(path: Path) -> bool:
