@@ -122,11 +122,22 @@ def methods(engine: Engine) -> Service:
     async def exec_(call: Call, request: contract.ExecContainer) -> contract.ExitStatus:
         live = engine.find(request.container)
 
-        async def started(master: int) -> None:
+        async def started(exec_id: str, master: int) -> None:
             call_fds_done(call)
-            await call.send(contract.RunProgress(phase="started", id=live.id), [master] if master >= 0 else [])
+            item = contract.RunProgress(phase="started", id=live.id, exec_id=exec_id)
+            await call.send(item, [master] if master >= 0 else [])
 
         return await execute.execute(engine, live, request, call.fds, started)
+
+    @bus.method(contract.DETACH)
+    async def detach(call: Call, request: contract.DetachClient) -> Empty:
+        service.detach(engine, engine.find(request.container), request.exec_id)
+        return Empty()
+
+    @bus.method(contract.RESIZE)
+    async def resize(call: Call, request: contract.ResizeContainer) -> Empty:
+        await service.resize(engine, engine.find(request.container), request.rows, request.columns)
+        return Empty()
 
     @bus.method(contract.STOP)
     async def stop(call: Call, request: contract.StopContainer) -> Empty:
