@@ -13,7 +13,9 @@ def test_an_environment_keeps_its_names() -> None:
     assert masking.environment(["A=1", "EMPTY=", "B=x=y", "ALONE"]) == ["A=***", "EMPTY=***", "B=***", "ALONE"]
 
 
-@pytest.mark.parametrize("name", ["splunk-token", "PASSWORD", "passwd", "secret", "awslogs-key", "credentials-file", "auth-token", "gcp-api-KEY"])
+@pytest.mark.parametrize(
+    "name", ["splunk-token", "PASSWORD", "passwd", "secret", "awslogs-key", "credentials-file", "auth-token", "gcp-api-KEY"]
+)
 def test_options_whose_names_tell_are_masked(name: str) -> None:
     assert masking.options({name: "hunter2", "max-size": "10m"}) == {name: "***", "max-size": "10m"}
 
