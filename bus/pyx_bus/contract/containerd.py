@@ -299,6 +299,36 @@ class ResizeContainer(Message, frozen=True, kw_only=True):
     columns: int
 
 
+class UpdateContainer(Message, frozen=True, kw_only=True):
+    """Change a container's limits, running or not: those of ``resources`` that aren't 0 or empty; -1 lifts a limit on swap, the CPU quota
+    or processes. ``oom_score_adj`` can't be changed.
+
+    Either all are changed or none. Errors: not_found, invalid_argument (as of create; with what is set already: a memory limit above that
+    of memory and swap, CPUs beside a quota or period), failed_precondition (being removed), internal (the kernel refuses).
+    """
+
+    container: str
+    resources: Resources
+
+
+class TopContainer(Message, frozen=True, kw_only=True):
+    """The processes of a running container, as the host's ps shows them with ``ps_args`` (none: -ef, as Docker).
+
+    Errors: not_found, failed_precondition (not running, no ps on the host), invalid_argument (ps refuses the options, or they leave no
+    PID column), permission_denied (a monitor gave options: some of ps's show environments).
+    """
+
+    container: str
+    ps_args: list[str] = []
+
+
+class ProcessTable(Message, frozen=True, kw_only=True):
+    """ps's columns and, in its order, the container's lines; each has a field for each title."""
+
+    titles: list[str] = []
+    processes: list[list[str]] = []
+
+
 class SystemInfo(Message, frozen=True, kw_only=True):
     """``runtimes``: name → path; ``runtime_reason`` says why ``default_runtime`` was chosen."""
 
@@ -339,6 +369,8 @@ EXEC = Method("containerd.exec", ExecContainer, ExitStatus, item=RunProgress)
 ATTACH = Method("containerd.attach", AttachContainer, ExitStatus, item=RunProgress)
 DETACH = Method("containerd.detach", DetachClient, Empty)
 RESIZE = Method("containerd.resize", ResizeContainer, Empty, idempotent=True)
+UPDATE = Method("containerd.update", UpdateContainer, Empty)
+TOP = Method("containerd.top", TopContainer, ProcessTable, idempotent=True, read_only=True)
 INFO = Method("containerd.info", Empty, SystemInfo, idempotent=True, read_only=True)
 
 
@@ -429,6 +461,20 @@ class ContainerDetached(ContainerEvent, frozen=True, kw_only=True):
     topic: ClassVar[str] = "container.detach"
 
 
+class ContainerUpdated(ContainerEvent, frozen=True, kw_only=True):
+    """``resources`` are its limits from now on, all of them."""
+
+    topic: ClassVar[str] = "container.update"
+
+    resources: Resources = Resources()
+
+
+class ContainerTopped(ContainerEvent, frozen=True, kw_only=True):
+    """Somebody asked for its processes."""
+
+    topic: ClassVar[str] = "container.top"
+
+
 class ContainerDestroyed(ContainerEvent, frozen=True, kw_only=True):
     """It's gone, name, ports, image and volumes are free. Without attributes for what a kill of the service left half-made."""
 
@@ -466,7 +512,8 @@ class ExecDied(ExecEvent, frozen=True, kw_only=True):
 
 
 METHODS = (
-    CREATE, RUN, START, STOP, RESTART, KILL, PAUSE, UNPAUSE, WAIT, REMOVE, RENAME, LIST, INSPECT, EXEC, ATTACH, DETACH, RESIZE, INFO,
+    CREATE, RUN, START, STOP, RESTART, KILL, PAUSE, UNPAUSE, WAIT, REMOVE, RENAME, LIST, INSPECT, EXEC, ATTACH, DETACH, RESIZE,
+    UPDATE, TOP, INFO,
 )  # fmt: skip
 EVENTS = (
     ContainerCreated,
@@ -482,6 +529,8 @@ EVENTS = (
     ContainerResized,
     ContainerAttached,
     ContainerDetached,
+    ContainerUpdated,
+    ContainerTopped,
     ContainerDestroyed,
     ExecCreated,
     ExecStarted,

@@ -14,6 +14,7 @@ from pyx_bus.contract.imaged import Document
 from pyx_bus.service import Call, Context, Service
 
 from . import document, execute, host, kernel, listing, probe, recovery, service, start
+from . import update as update_
 from .drivers.runtime import Runtime
 from .engine import Engine, Live
 from .store import Store
@@ -190,6 +191,15 @@ def methods(engine: Engine) -> Service:
         live: Live = engine.find(request.container)
         bundle = str(engine.bundle(live.id))
         return Document(document=document.inspect(live.record, bundle=bundle, exec_ids=list(live.executions)))
+
+    @bus.method(contract.UPDATE)
+    async def update(call: Call, request: contract.UpdateContainer) -> Empty:
+        await update_.update(engine, engine.find(request.container), request.resources)
+        return Empty()
+
+    @bus.method(contract.TOP)
+    async def top(call: Call, request: contract.TopContainer) -> contract.ProcessTable:
+        return await service.top(engine, engine.find(request.container), request.ps_args)
 
     @bus.method(contract.INFO)
     async def info(call: Call, request: Empty) -> contract.SystemInfo:

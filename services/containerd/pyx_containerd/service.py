@@ -15,7 +15,7 @@ from pyx_bus.contract import containerd as contract
 from pyx_bus.contract import imaged, logd, netd, volumed
 
 from . import bundle as bundles
-from . import end, kernel, names, plan, start
+from . import end, kernel, names, plan, processes, start
 from .drivers.runtime import parse_failure
 from .engine import SERVICE_TIMEOUT_S, Engine, Live, Progress
 from .errors import KernelError, is_paused, name_taken, no_such_container, not_running, start_failed
@@ -484,3 +484,12 @@ async def resize(engine: Engine, live: Live, rows: int, columns: int) -> None:
 
 def tell_resized(engine: Engine, live: Live, rows: int, columns: int) -> None:
     engine.publish(contract.ContainerResized, live.record, height=str(rows), width=str(columns))
+
+
+async def top(engine: Engine, live: Live, ps_args: Sequence[str]) -> contract.ProcessTable:
+    """Errors: see ``contract.TopContainer``."""
+    if not live.running:
+        raise not_running(live.record.name)
+    table = await processes.table(ps_args, kernel.cgroup_processes(live.record.cgroup))
+    engine.publish(contract.ContainerTopped, live.record)
+    return contract.ProcessTable(titles=table.titles, processes=table.rows)
