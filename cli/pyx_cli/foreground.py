@@ -94,6 +94,8 @@ class Foreground:
         self._tried_at = -100.0
         self._looking_for_death = 0.0
         self._size = (0, 0)
+        self._told_size = (0, 0)  # containerd knows of; it makes an event of each
+        self._exec_id = ""
 
     # -- what the command sets up before run() --
 
@@ -108,6 +110,9 @@ class Foreground:
 
     def run(self, method: str, body: dict[str, object], fds: Sequence[int] = ()) -> int | None:
         """Make the call and see it through. ``fds`` are closed here once they're sent."""
+        attach = body.get("attach")
+        if isinstance(attach, dict):
+            self._told_size = attach.get("rows", 0), attach.get("columns", 0)
         try:
             self._watch_signals()
             try:
@@ -126,6 +131,8 @@ class Foreground:
             for fd in (*self._outputs, self._input):
                 if fd >= 0:
                     os.close(fd)
+            if self._detached:
+                self._tell_detached()
             if self._connection is not None:
                 self._connection.close()
         if self._detached:
@@ -136,6 +143,16 @@ class Foreground:
             os.write(2, f"pyx: {status['error']}\n".encode())
         code = status.get("exit_code", 0)
         return code if isinstance(code, int) else 0
+
+    def _tell_detached(self) -> None:
+        """The detach becomes an event. It has happened all the same if nobody is there to hear of it."""
+        from pyx_bus.errors import BusError
+
+        if self._connection is not None:
+            try:
+                self._connection.call("containerd.detach", {"container": self.container, "exec_id": self._exec_id}, timeout_s=2)
+            except BusError:
+                pass
 
     # -- the loop --
 
@@ -292,6 +309,8 @@ class Foreground:
         phase = body.get("phase")
         if phase in ("created", "started") and body.get("id") and not self._is_exec:
             self.container = str(body["id"])
+        if self._is_exec:
+            self._exec_id = str(body.get("exec_id", ""))
         fds, message.fds = message.fds, []
         if self._on_item is not None:
             self._on_item(body)
@@ -334,7 +353,10 @@ class Foreground:
                 # A full-screen program paints itself anew on a change of the size: make sure that there is one.
                 self._redraw_wanted = False
                 set_window_size(self._input, size[0] + 1, size[1])
-            set_window_size(self._input, *size)
+            set_window_size(self._input, *size)  # at once, and whether or not anybody is there to be told
+            if not self._is_exec and size != self._told_size and self._connection is not None:
+                self._told_size = size
+                self._send("containerd.resize", {"container": self.container, "rows": size[0], "columns": size[1]})
 
     def _again(self) -> None:
         now = time.monotonic()
@@ -411,12 +433,16 @@ class Foreground:
             raise Ended(number)
 
     def _forward(self, number: int) -> None:
+        if self._connection is not None:
+            self._send("containerd.kill", {"container": self.container, "signal": str(number)})
+
+    def _send(self, method: str, body: dict[str, object]) -> None:
+        """Call without waiting for the answer, which the loop passes over."""
         from pyx_bus import errors
 
-        if self._connection is None:
-            return
+        assert self._connection is not None
         try:
-            self._connection.open("containerd.kill", {"container": self.container, "signal": str(number)})
+            self._connection.open(method, body)
         except errors.Unavailable:
             self._connection.close()
             self._connection = None

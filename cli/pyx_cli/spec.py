@@ -77,7 +77,7 @@ def container_spec(options: Options, host_env: dict[str, str], cwd: str) -> dict
     _security(options, spec)
     _ports(options, spec)
     _mounts(options, spec, cwd)
-    resources = _resources(options)
+    resources = limits(options)
     if resources:
         spec["resources"] = resources
     health = _health(options)
@@ -144,28 +144,29 @@ def _mounts(options: Options, spec: dict[str, object], cwd: str) -> None:
         spec["mounts"] = requests
 
 
-def _resources(options: Options) -> dict[str, object]:
-    resources: dict[str, object] = {}
+def limits(options: Options) -> dict[str, object]:
+    """The limits that were given."""
+    given: dict[str, object] = {}
     for flag, field in (("memory", "memory_bytes"), ("memory-reservation", "memory_reservation_bytes")):
         if options.given(flag):
-            resources[field] = values.size_bytes(options.text(flag), "-m, --memory" if flag == "memory" else f"--{flag}")
+            given[field] = values.size_bytes(options.text(flag), "-m, --memory" if flag == "memory" else f"--{flag}")
     if options.given("memory-swap"):
         text = options.text("memory-swap")
-        resources["memory_swap_bytes"] = -1 if text == "-1" else values.size_bytes(text, "--memory-swap")
+        given["memory_swap_bytes"] = -1 if text == "-1" else values.size_bytes(text, "--memory-swap")
     if options.given("cpus"):
         if options.given("cpu-quota") or options.given("cpu-period"):
             raise CliError("conflicting options: --cpus and --cpu-quota or --cpu-period", 125)
-        resources["nano_cpus"] = values.nano_cpus(options.text("cpus"))
+        given["nano_cpus"] = values.nano_cpus(options.text("cpus"))
     for flag, field in _NUMBERS.items():
         if options.given(flag):
-            resources[field] = options.number(flag)
+            given[field] = options.number(flag)
     for flag, field in (("cpuset-cpus", "cpuset_cpus"), ("cpuset-mems", "cpuset_mems")):
         if options.given(flag):
-            resources[field] = options.text(flag)
+            given[field] = options.text(flag)
     score = options.number("oom-score-adj")
     if not -1000 <= score <= 1000:
         raise CliError(f"invalid value {score}, range for oom score adj is [-1000, 1000]", 125)
-    return resources
+    return given
 
 
 def _health(options: Options) -> dict[str, object]:

@@ -170,8 +170,16 @@ COMMANDS = {
             _SIG_PROXY,
         ), minimum=1),
         Command("container stop", "life:stop", "CONTAINER [CONTAINER...]", "Stop one or more running containers", _STOP, minimum=1),
+        Command("container top", "look:top", "CONTAINER [ps OPTIONS]", "Display the running processes of a container",
+                minimum=1, interspersed=False),
         Command("container unpause", "life:unpause", "CONTAINER [CONTAINER...]",
                 "Unpause all processes within one or more containers", minimum=1),
+        Command("container update", "life:update", "CONTAINER [CONTAINER...]", "Update the limits of one or more containers", tuple(
+            flag for flag in _CREATE if flag.long in (
+                "cpu-period", "cpu-quota", "cpu-shares", "cpus", "cpuset-cpus", "cpuset-mems", "memory", "memory-reservation",
+                "memory-swap", "pids-limit",
+            )
+        ), minimum=1),
         Command("container wait", "life:wait", "CONTAINER [CONTAINER...]",
                 "Block until one or more containers stop, then print their exit codes",
                 (Flag("condition", "", "string", "not-running, next-exit or removed", "string", "not-running"),), minimum=1),
@@ -254,8 +262,8 @@ ALIASES = {
 ALIASES.update(
     (name, f"container {name}")
     for name in (
-        "attach", "create", "exec", "kill", "logs", "pause", "port", "rename", "restart", "rm", "run", "start", "stop", "unpause",
-        "wait",
+        "attach", "create", "exec", "kill", "logs", "pause", "port", "rename", "restart", "rm", "run", "start", "stop", "top",
+        "unpause", "update", "wait",
     )
 )  # fmt: skip
 

@@ -17,7 +17,7 @@ from pyx_logd.model import Chunk
 def driver(request: pytest.FixtureRequest, tmp_path: Path) -> Driver:
     directory = tmp_path / "abcdef"
     directory.mkdir()
-    made = factory(request.param)(directory, {}, lambda what, error: pytest.fail(f"{what}: {error}"))
+    made = factory(request.param)(directory, {}, lambda what, error, lost: pytest.fail(f"{what}: {error}"))
     made.open()
     return made
 
@@ -69,5 +69,5 @@ async def test_a_listener_is_forgotten(driver: Driver) -> None:
 @pytest.mark.parametrize("name", sorted(DRIVERS))
 def test_unknown_options_are_refused_before_anything_is_touched(name: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match=f'unknown log opt "colour" for {name} log driver'):
-        factory(name)(tmp_path / "missing", {"colour": "red"}, lambda what, error: None)
+        factory(name)(tmp_path / "missing", {"colour": "red"}, lambda what, error, lost: None)
     assert list(tmp_path.iterdir()) == []

@@ -218,9 +218,27 @@ def test_events(stack: Any) -> None:
     out = stack.pyx(
         "events", "--since", "1m", "--until", "0s", "-f", "container=eventful", "--format", "{{.Action}}", timeout=20
     ).stdout.split()
-    assert out[:2] == ["create", "start"] and "die" in out
+    assert out == ["create", "attach", "start", "die", "destroy"]
     line = stack.pyx("events", "--since", "1m", "--until", "0s", "-f", "event=die", "-f", "container=eventful").stdout
     assert " container die " in line and "exitCode=0" in line
+
+
+def test_top_and_update(stack: Any) -> None:
+    stack.pyx("run", "-d", "--name", "busy-box", "-m", "64m", "busybox", "sh", "-c", "sleep 1000; true", check=True)
+    try:
+        lines = stack.pyx("top", "busy-box", check=True).stdout.splitlines()
+        assert lines[0].startswith("UID                 PID                 PPID ") and len(lines) == 3
+        assert stack.pyx("top", "busy-box", "-o pid,args").stdout.splitlines()[0] == "PID                 COMMAND"
+        assert stack.pyx("container", "top", "busy-box", "-o", "args").returncode == 1
+        done = stack.pyx("update", "--memory", "96m", "--memory-swap", "-1", "--pids-limit", "50", "busy-box")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "busy-box\n", "")
+        shown = stack.pyx("inspect", "-f", "{{.HostConfig.Memory}} {{.HostConfig.MemorySwap}} {{.HostConfig.PidsLimit}}", "busy-box")
+        assert shown.stdout == f"{96 << 20} -1 50\n"
+        done = stack.pyx("update", "busy-box")
+        assert (done.returncode, done.stderr) == (1, "pyx: you must provide one or more flags when using this command\n")
+        assert stack.pyx("update", "-m", "1m", "busy-box").returncode == 1
+    finally:
+        stack.pyx("rm", "-f", "busy-box", check=True)
 
 
 def test_cidfile(stack: Any, tmp_path: Path) -> None:

@@ -83,6 +83,13 @@ def test_detaching_leaves_it_running_and_attach_comes_back(stack: Any, terminal:
     again.send("\x01d")
     assert again.wait() == 0
     assert stack.state("detached") == "running"
+    shell = terminal("exec", "-it", "detached", "sh")
+    shell.expect("# ")
+    shell.send("\x10\x11")
+    assert shell.wait() == 0
+    told = stack.pyx("events", "--since", "1m", "--until", "0s", "-f", "container=detached", "--format", "{{.Action}}").stdout.split("\n")
+    expected = ["create", "attach", "start", "resize", "detach", "attach", "resize", "detach"]
+    assert told == [*expected, "exec_create: sh", "exec_start: sh", "exec_detach", ""]
     stack.pyx("rm", "-f", "detached", check=True)
 
 

@@ -235,6 +235,18 @@ async def test_a_full_disk_stops_no_container(tmp_path: Path) -> None:
             assert stored.endswith(b"\n") and len(stored) > 100_000
             for line in stored.splitlines():
                 json.loads(line)
+            told = []
+            with trio.fail_after(10):
+                async with bus.events("log.>", since="beginning") as events:
+                    async for event in events:
+                        told.append((event.topic, event.payload["id"], event.payload["attributes"]))
+                        if event.topic == "log.recovered":
+                            assert event.payload["lost_bytes"] > 0
+                            assert told[-1][2]["lostBytes"] == str(event.payload["lost_bytes"])
+                            break
+            common = {"container": ID, "driver": "json-file"}
+            assert [one[:2] for one in told] == [("log.trouble", ID), ("log.recovered", ID)]  # once each, however many writes failed
+            assert told[0][2] == {**common, "reason": "no space left on device"}
             errors = await trio.to_thread.run_sync(process.end, signal.SIGTERM)
             assert "output lost" in errors and ID in errors and "No space left" in errors
             for fd in (out_read, err_read, client_read):

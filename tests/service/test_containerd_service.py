@@ -353,7 +353,7 @@ async def test_exec_ends_with_its_container(s):
     async def sleeper():
         codes.append((await exec_(s, "web", "sleep", "100"))[0].exit_code)
 
-    async with s.bus.events("container.exec_start") as events, trio.open_nursery() as nursery:
+    async with s.bus.events("container.exec.start") as events, trio.open_nursery() as nursery:
         nursery.start_soon(sleeper)
         with trio.fail_after(5):
             await events.__anext__()
@@ -497,7 +497,7 @@ async def test_events_tell_the_story(s):
                     assert attributes["exitCode"] == "3"
                 if event.topic == "container.destroy":
                     break
-    assert topics == ["container.create", "container.start", "container.die", "container.destroy"]
+    assert topics == [f"container.{action}" for action in ("create", "attach", "start", "die", "destroy")]
 
 
 async def test_few_commits(s):

@@ -132,7 +132,7 @@ def _only(error: BaseException) -> BaseException:
 
 async def test_events(tmp_path: Path) -> None:
     async with imaged(tmp_path) as service, service.bus.events("image.>") as events:
-        image = await service.import_bytes(SMALL, "a")
+        image = await service.import_bytes(SMALL, "a", changes=["LABEL tier=web name=hidden", "ENV SECRET=x"])
         await service.bus.call(contract.TAG, contract.TagImage(source="a", target="b"))
         await service.bus.call(contract.REMOVE, contract.RemoveImage(reference="b"))
         await service.bus.call(contract.REMOVE, contract.RemoveImage(reference="a"))
@@ -140,6 +140,7 @@ async def test_events(tmp_path: Path) -> None:
         with trio.fail_after(5):
             async for event in events:
                 assert event.payload["id"] == image.id
+                assert event.payload["attributes"]["tier"] == "web" and "SECRET" not in repr(event.payload)
                 seen.append((event.topic, event.payload["attributes"]["name"]))
                 if event.topic == "image.delete":
                     break

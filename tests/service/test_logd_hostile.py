@@ -79,7 +79,7 @@ async def test_a_rotation_that_a_follower_cannot_see_costs_no_output(tmp_path: P
 async def test_rotations_while_the_tail_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The thread that looks goes on with the files it had; they aren't closed under it."""
     (tmp_path / "c").mkdir()
-    driver = JsonFile(tmp_path / "c", {"max-size": "100", "max-file": "12"}, lambda what, error: None)
+    driver = JsonFile(tmp_path / "c", {"max-size": "100", "max-file": "12"}, lambda what, error, lost: None)
     driver.open()
 
     def write(first: int) -> None:

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 
@@ -100,7 +101,8 @@ def attach(container_id: str, **fields: Any) -> netd.AttachContainer:
 async def test_attach_and_detach_are_idempotent_and_told(tmp_path: Path) -> None:
     driver = Memory()
     async with served(tmp_path, driver) as bus, bus.events("network.>") as events:
-        first = await bus.call(netd.ATTACH, attach("one", hostname="web"))
+        ports = [netd.PortMapping(container_port=80, host_port=8080), netd.PortMapping(container_port=53, host_port=53, protocol="udp")]
+        first = await bus.call(netd.ATTACH, attach("one", hostname="web", ports=ports))
         assert await bus.call(netd.ATTACH, attach("one")) == first
         document = (await bus.call(netd.INSPECT, netd.NetworkRef(network="bridge"))).document
         assert document["Containers"]["one"]["Name"] == "web"  # type: ignore[index]
@@ -111,10 +113,16 @@ async def test_attach_and_detach_are_idempotent_and_told(tmp_path: Path) -> None
         with trio.fail_after(5):
             async for event in events:
                 seen.append((event.topic, event.payload["attributes"]))
-                if len(seen) == 2:
+                if event.topic.startswith("network.port."):
+                    assert msgspec.convert(event.payload["ports"], list[netd.PortMapping]) == ports
+                if len(seen) == 4:
                     break
         attributes = {"name": "bridge", "type": "bridge", "container": "one"}
-        assert seen == [("network.connect", attributes), ("network.disconnect", attributes)], "once each"
+        named = {**attributes, "ports": "0.0.0.0:8080->80/tcp, 0.0.0.0:53->53/udp"}
+        assert seen == [
+            ("network.connect", attributes), ("network.port.publish", named), ("network.port.release", named),
+            ("network.disconnect", attributes),
+        ], "once each"  # fmt: skip
     assert driver.stopped_idle is True
 
 

@@ -104,13 +104,22 @@ async def test_named_volume_lives_until_it_is_removed(tmp_path: Path) -> None:
             await s.bus.call(volumed.REMOVE, volumed.RemoveVolume(name="data"))
             assert await s.names() == []
             assert s.on_disk() == []
-            topics = []
+            topics, told = [], []
             with trio.fail_after(5):
                 async for event in events:
                     topics.append(event.topic)
+                    told.append(event.payload["attributes"])
                     if event.topic == "volume.destroy":
                         break
         assert topics == [f"volume.{x}" for x in ("create", "mount", "mount", "unmount", "unmount", "destroy")]
+        first = {"driver": "local", "container": A, "destination": "/data"}
+        second = {"driver": "local", "container": B, "destination": "/x"}
+        assert told == [
+            {"driver": "local"},
+            {**first, "propagation": "", "read/write": "true"},
+            {**second, "propagation": "", "read/write": "false"},
+            first, second, {"driver": "local"},
+        ]  # fmt: skip
         with pytest.raises(NotFound, match='no such volume: "data"'):
             await s.bus.call(volumed.REMOVE, volumed.RemoveVolume(name="data"))
         await s.bus.call(volumed.REMOVE, volumed.RemoveVolume(name="data", force=True))

@@ -148,5 +148,5 @@ def test_an_event_s_line_and_filters(monkeypatch: pytest.MonkeyPatch) -> None:
          ({"volume": ["web"]}, False), ({"type": ["container"], "event": ["die"]}, False),
     ):  # fmt: skip
         assert events.matches(event, wanted) is ok, wanted
-    ran = events.document("container.exec_start", 0, {"id": "x", "attributes": {"command": "ls -l", "execID": "1"}})
+    ran = events.document("container.exec.start", 0, {"id": "x", "attributes": {"command": "ls -l", "execID": "1"}})
     assert ran["Action"] == "exec_start: ls -l"

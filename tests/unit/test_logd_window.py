@@ -21,7 +21,7 @@ class Killed(BaseException):
 
 def log_driver(directory: Path, **options: str) -> JsonFile:
     directory.mkdir(exist_ok=True)
-    driver = JsonFile(directory, {name.replace("_", "-"): value for name, value in options.items()}, lambda what, error: None)
+    driver = JsonFile(directory, {name.replace("_", "-"): value for name, value in options.items()}, lambda what, error, lost: None)
     driver.open()
     return driver
 

@@ -47,7 +47,8 @@ class Method(Generic[Req, Res]):
     """A method of a service: ``name`` is ``<service>.<verb>``.
 
     ``item`` is the type of the items streamed before the result, if it streams. ``idempotent`` methods are retried by the client
-    when the connection broke. ``read_only`` methods change nothing and are open to monitors. Descriptors that travel with the
+    when the connection broke. ``read_only`` methods change nothing, show nothing of what a container writes or holds, and are open to
+    monitors (the group pyx-monitor), for whom the service masks secrets. Descriptors that travel with the
     request, an item or the result are described in the request's docstring.
     """
 
@@ -63,7 +64,9 @@ class Event(Message, frozen=True, kw_only=True):
     """Base of every event payload: Docker's actor (``id`` and string ``attributes``) at a time.
 
     Every concrete event class names its topic (``topic: ClassVar[str] = "container.start"``): ``<type>.<action>`` as in Docker's
-    events, so that the type is what precedes the first dot.
+    events, so that the type is what precedes the first dot. An action of several words has a dot between them where that makes a
+    family (``container.exec.start``); Docker's name of it has ``_``. No payload ever carries a secret such as an environment's values:
+    whoever may subscribe sees all of them.
     """
 
     topic: ClassVar[str] = ""

@@ -109,11 +109,12 @@ class RunProgress(Message, frozen=True, kw_only=True):
     the container's, ``warnings``), started (``id``).
 
     ``started``, and the single item of attach, carry the container's input as their descriptor if it was asked for and is open:
-    stdin's write end, or the pty master (write to it, TIOCSWINSZ on it).
+    stdin's write end, or the pty master (write to it, TIOCSWINSZ on it). An exec's has its ``exec_id``.
     """
 
     phase: str
     id: str = ""
+    exec_id: str = ""
     status: str = ""
     current_bytes: int = 0
     total_bytes: int = 0
@@ -277,6 +278,57 @@ class AttachContainer(Message, frozen=True, kw_only=True):
     attach: AttachOptions
 
 
+class DetachClient(Message, frozen=True, kw_only=True):
+    """Say that somebody who was attached (to ``exec_id``, if given) leaves on purpose, by the detach keys: it becomes an event.
+
+    Whoever only goes away isn't heard of, as with Docker. Errors: not_found (container, exec), failed_precondition (not running).
+    """
+
+    container: str
+    exec_id: str = ""
+
+
+class ResizeContainer(Message, frozen=True, kw_only=True):
+    """Give a running container's terminal another size. Idempotent but for its event.
+
+    Errors: not_found, failed_precondition (not running, no terminal), invalid_argument (a size that isn't 1 to 65535).
+    """
+
+    container: str
+    rows: int
+    columns: int
+
+
+class UpdateContainer(Message, frozen=True, kw_only=True):
+    """Change a container's limits, running or not: those of ``resources`` that aren't 0 or empty; -1 lifts a limit on swap, the CPU quota
+    or processes. ``oom_score_adj`` can't be changed.
+
+    Either all are changed or none. Errors: not_found, invalid_argument (as of create; with what is set already: a memory limit above that
+    of memory and swap, CPUs beside a quota or period), failed_precondition (being removed), internal (the kernel refuses).
+    """
+
+    container: str
+    resources: Resources
+
+
+class TopContainer(Message, frozen=True, kw_only=True):
+    """The processes of a running container, as the host's ps shows them with ``ps_args`` (none: -ef, as Docker).
+
+    Errors: not_found, failed_precondition (not running, no ps on the host), invalid_argument (ps refuses the options, or they leave no
+    PID column), permission_denied (a monitor gave options: some of ps's show environments).
+    """
+
+    container: str
+    ps_args: list[str] = []
+
+
+class ProcessTable(Message, frozen=True, kw_only=True):
+    """ps's columns and, in its order, the container's lines; each has a field for each title."""
+
+    titles: list[str] = []
+    processes: list[list[str]] = []
+
+
 class SystemInfo(Message, frozen=True, kw_only=True):
     """``runtimes``: name → path; ``runtime_reason`` says why ``default_runtime`` was chosen."""
 
@@ -315,11 +367,19 @@ LIST = Method("containerd.list", ListContainers, ContainerList, idempotent=True,
 INSPECT = Method("containerd.inspect", ContainerRef, Document, idempotent=True, read_only=True)
 EXEC = Method("containerd.exec", ExecContainer, ExitStatus, item=RunProgress)
 ATTACH = Method("containerd.attach", AttachContainer, ExitStatus, item=RunProgress)
+DETACH = Method("containerd.detach", DetachClient, Empty)
+RESIZE = Method("containerd.resize", ResizeContainer, Empty, idempotent=True)
+UPDATE = Method("containerd.update", UpdateContainer, Empty)
+TOP = Method("containerd.top", TopContainer, ProcessTable, idempotent=True, read_only=True)
 INFO = Method("containerd.info", Empty, SystemInfo, idempotent=True, read_only=True)
 
 
 class ContainerEvent(Event, frozen=True, kw_only=True):
-    """``id`` is the container's; attributes as Docker's: image, name, every label."""
+    """``id`` is the container's; attributes as Docker's: image, name, every label. Never its environment.
+
+    What ``list`` and ``inspect`` answer changes with the event that tells of it, at the same moment. After a kill of the service an
+    event may come once more (create, start, pause, unpause, destroy) if it wasn't sure that it had been told.
+    """
 
 
 class ContainerCreated(ContainerEvent, frozen=True, kw_only=True):
@@ -331,7 +391,10 @@ class ContainerStarted(ContainerEvent, frozen=True, kw_only=True):
 
 
 class ContainerDied(ContainerEvent, frozen=True, kw_only=True):
-    """Attributes also: exitCode, execDuration (whole seconds), as Docker's; ``signal`` if one ended it."""
+    """Attributes also: exitCode, execDuration (whole seconds), as Docker's; ``signal`` if one ended it.
+
+    What it held (ports, volumes) may be given back a moment later; whoever waits for its exit is answered only then.
+    """
 
     topic: ClassVar[str] = "container.die"
 
@@ -341,17 +404,30 @@ class ContainerDied(ContainerEvent, frozen=True, kw_only=True):
     run_time_ns: int = 0
 
 
+class ContainerOutOfMemory(ContainerEvent, frozen=True, kw_only=True):
+    """The kernel's OOM killer has ended a process of it, which needn't be its first: it may go on. ``kills``: how many since the last
+    such event."""
+
+    topic: ClassVar[str] = "container.oom"
+
+    kills: int = 1
+
+
 class ContainerKilled(ContainerEvent, frozen=True, kw_only=True):
-    """Attributes also: signal (its number)."""
+    """A signal was sent, whatever the container does with it. Attributes also: signal (its number)."""
 
     topic: ClassVar[str] = "container.kill"
 
 
 class ContainerStopped(ContainerEvent, frozen=True, kw_only=True):
+    """A stop that was asked for is done; after its die."""
+
     topic: ClassVar[str] = "container.stop"
 
 
 class ContainerRestarted(ContainerEvent, frozen=True, kw_only=True):
+    """A restart that was asked for is done; after its start."""
+
     topic: ClassVar[str] = "container.restart"
 
 
@@ -364,44 +440,100 @@ class ContainerUnpaused(ContainerEvent, frozen=True, kw_only=True):
 
 
 class ContainerRenamed(ContainerEvent, frozen=True, kw_only=True):
-    """Attributes also: oldName."""
+    """Attributes also: oldName, with its slash as Docker's ("/web")."""
 
     topic: ClassVar[str] = "container.rename"
+
+
+class ContainerResized(ContainerEvent, frozen=True, kw_only=True):
+    """Attributes also: height, width, of the terminal in characters."""
+
+    topic: ClassVar[str] = "container.resize"
 
 
 class ContainerAttached(ContainerEvent, frozen=True, kw_only=True):
     topic: ClassVar[str] = "container.attach"
 
 
+class ContainerDetached(ContainerEvent, frozen=True, kw_only=True):
+    """Somebody attached left by the detach keys."""
+
+    topic: ClassVar[str] = "container.detach"
+
+
+class ContainerUpdated(ContainerEvent, frozen=True, kw_only=True):
+    """``resources`` are its limits from now on, all of them."""
+
+    topic: ClassVar[str] = "container.update"
+
+    resources: Resources = Resources()
+
+
+class ContainerTopped(ContainerEvent, frozen=True, kw_only=True):
+    """Somebody asked for its processes."""
+
+    topic: ClassVar[str] = "container.top"
+
+
 class ContainerDestroyed(ContainerEvent, frozen=True, kw_only=True):
+    """It's gone, name, ports, image and volumes are free. Without attributes for what a kill of the service left half-made."""
+
     topic: ClassVar[str] = "container.destroy"
 
 
-class ExecStarted(ContainerEvent, frozen=True, kw_only=True):
-    """Attributes also: execID, command."""
+class ExecEvent(ContainerEvent, frozen=True, kw_only=True):
+    """Attributes also: execID."""
 
-    topic: ClassVar[str] = "container.exec_start"
-
-
-class ExecDied(ContainerEvent, frozen=True, kw_only=True):
-    """Attributes also: execID, exitCode."""
-
-    topic: ClassVar[str] = "container.exec_die"
+    exec_id: str = ""
 
 
-METHODS = (CREATE, RUN, START, STOP, RESTART, KILL, PAUSE, UNPAUSE, WAIT, REMOVE, RENAME, LIST, INSPECT, EXEC, ATTACH, INFO)
+class ExecCreated(ExecEvent, frozen=True, kw_only=True):
+    """Attributes also: command (arguments joined by spaces; Docker's action is "exec_create: <command>")."""
+
+    topic: ClassVar[str] = "container.exec.create"
+
+
+class ExecStarted(ExecEvent, frozen=True, kw_only=True):
+    """Attributes also: command."""
+
+    topic: ClassVar[str] = "container.exec.start"
+
+
+class ExecDetached(ExecEvent, frozen=True, kw_only=True):
+    topic: ClassVar[str] = "container.exec.detach"
+
+
+class ExecDied(ExecEvent, frozen=True, kw_only=True):
+    """Attributes also: exitCode. Follows each exec.create: of one that couldn't be started with 126 and 127, without an exec.start."""
+
+    topic: ClassVar[str] = "container.exec.die"
+
+    exit_code: int = 0
+
+
+METHODS = (
+    CREATE, RUN, START, STOP, RESTART, KILL, PAUSE, UNPAUSE, WAIT, REMOVE, RENAME, LIST, INSPECT, EXEC, ATTACH, DETACH, RESIZE,
+    UPDATE, TOP, INFO,
+)  # fmt: skip
 EVENTS = (
     ContainerCreated,
     ContainerStarted,
     ContainerDied,
+    ContainerOutOfMemory,
     ContainerKilled,
     ContainerStopped,
     ContainerRestarted,
     ContainerPaused,
     ContainerUnpaused,
     ContainerRenamed,
+    ContainerResized,
     ContainerAttached,
+    ContainerDetached,
+    ContainerUpdated,
+    ContainerTopped,
     ContainerDestroyed,
+    ExecCreated,
     ExecStarted,
+    ExecDetached,
     ExecDied,
 )

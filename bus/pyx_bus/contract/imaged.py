@@ -205,27 +205,31 @@ TAG = Method("imaged.tag", TagImage, Empty, idempotent=True)
 REMOVE = Method("imaged.remove", RemoveImage, RemovedImage)
 
 
-class ImageImported(Event, frozen=True, kw_only=True):
+class ImageEvent(Event, frozen=True, kw_only=True):
+    """``id`` is the image's; attributes: name (its familiar name, else its ID) and every label of it."""
+
+
+class ImageImported(ImageEvent, frozen=True, kw_only=True):
     topic: ClassVar[str] = "image.import"
 
 
-class ImageLoaded(Event, frozen=True, kw_only=True):
+class ImageLoaded(ImageEvent, frozen=True, kw_only=True):
     topic: ClassVar[str] = "image.load"
 
 
-class ImagePulled(Event, frozen=True, kw_only=True):
+class ImagePulled(ImageEvent, frozen=True, kw_only=True):
     topic: ClassVar[str] = "image.pull"
 
 
-class ImageTagged(Event, frozen=True, kw_only=True):
+class ImageTagged(ImageEvent, frozen=True, kw_only=True):
     topic: ClassVar[str] = "image.tag"
 
 
-class ImageUntagged(Event, frozen=True, kw_only=True):
+class ImageUntagged(ImageEvent, frozen=True, kw_only=True):
     topic: ClassVar[str] = "image.untag"
 
 
-class ImageDeleted(Event, frozen=True, kw_only=True):
+class ImageDeleted(ImageEvent, frozen=True, kw_only=True):
     topic: ClassVar[str] = "image.delete"
 
 

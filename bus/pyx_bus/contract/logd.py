@@ -7,7 +7,9 @@ or raw for a container with a terminal.
 
 from __future__ import annotations
 
-from .base import Empty, Message, Method, Released, Retain
+from typing import ClassVar
+
+from .base import Empty, Event, Message, Method, Released, Retain
 
 
 class OpenLog(Message, frozen=True, kw_only=True):
@@ -90,10 +92,28 @@ class RemoveLog(Message, frozen=True, kw_only=True):
 
 OPEN = Method("logd.open", OpenLog, LogOpened, idempotent=True)
 ATTACH = Method("logd.attach", AttachLog, Empty)
-WAIT_DRAINED = Method("logd.wait_drained", WaitDrained, Empty, idempotent=True, read_only=True)
-READ = Method("logd.read", ReadLogs, Empty, read_only=True)
+WAIT_DRAINED = Method("logd.wait_drained", WaitDrained, Empty, idempotent=True)
+READ = Method("logd.read", ReadLogs, Empty)  # not for monitors: what a container writes may be anything
 REMOVE = Method("logd.remove", RemoveLog, Empty, idempotent=True)
 RETAIN = Method("logd.retain", Retain, Released, idempotent=True)
 
+
+class LogTrouble(Event, frozen=True, kw_only=True):
+    """A container's output can't be stored: what it writes from now on may be lost. ``id`` is the container's. Attributes: reason
+    (the system's words), driver, container (the ID again, for filters). Told once, when it begins."""
+
+    topic: ClassVar[str] = "log.trouble"
+
+    errno: int = 0
+
+
+class LogRecovered(Event, frozen=True, kw_only=True):
+    """It can be stored again, or there is nothing more to store. Attributes: driver, container, lostBytes."""
+
+    topic: ClassVar[str] = "log.recovered"
+
+    lost_bytes: int = 0
+
+
 METHODS = (OPEN, ATTACH, WAIT_DRAINED, READ, REMOVE, RETAIN)
-EVENTS = ()
+EVENTS = (LogTrouble, LogRecovered)

@@ -107,8 +107,27 @@ class NetworkConnected(Event, frozen=True, kw_only=True):
 
 
 class NetworkDisconnected(Event, frozen=True, kw_only=True):
+    """Attributes as of a connect."""
+
     topic: ClassVar[str] = "network.disconnect"
 
 
+class PortsPublished(Event, frozen=True, kw_only=True):
+    """A container's ports can be reached from now on. ``id`` is the network's; attributes: name, type, container, and ports as Docker
+    writes them ("0.0.0.0:8080->80/tcp", joined by ", ")."""
+
+    topic: ClassVar[str] = "network.port.publish"
+
+    ports: list[PortMapping] = []
+
+
+class PortsReleased(Event, frozen=True, kw_only=True):
+    """They can't any more, and are free. Attributes as of a publish."""
+
+    topic: ClassVar[str] = "network.port.release"
+
+    ports: list[PortMapping] = []
+
+
 METHODS = (ATTACH, DETACH, RETAIN, LIST, INSPECT)
-EVENTS = (NetworkConnected, NetworkDisconnected)
+EVENTS = (NetworkConnected, NetworkDisconnected, PortsPublished, PortsReleased)

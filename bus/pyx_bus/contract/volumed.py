@@ -130,14 +130,20 @@ class VolumeCreated(Event, frozen=True, kw_only=True):
 
 
 class VolumeMounted(Event, frozen=True, kw_only=True):
+    """A container holds the volume from now on. Attributes: driver, container, destination, propagation, read/write ("true", "false")."""
+
     topic: ClassVar[str] = "volume.mount"
 
 
 class VolumeUnmounted(Event, frozen=True, kw_only=True):
+    """Attributes: driver, container, destination."""
+
     topic: ClassVar[str] = "volume.unmount"
 
 
 class VolumeDestroyed(Event, frozen=True, kw_only=True):
+    """Attributes: driver."""
+
     topic: ClassVar[str] = "volume.destroy"
 
 

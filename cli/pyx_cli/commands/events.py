@@ -16,14 +16,15 @@ if TYPE_CHECKING:
 
     from pyx_bus.session import Incoming
 
-_PATTERNS = ["container.>", "image.>", "network.>", "volume.>", "service.>"]
+_PATTERNS = ["container.>", "image.>", "network.>", "volume.>", "log.>", "service.>"]
 _RECONNECT_S = 30.0  # a restart of the broker takes a fraction of a second; a stack that was stopped doesn't come back
 _QUIET_S = 0.25  # with --until in the past: this long without a further kept event means there is none
 
 
 def document(topic: str, time_ns: int, payload: dict[str, object]) -> dict[str, object]:
     """Docker's JSON of an event (Engine API, SystemEventsResponse)."""
-    kind, _, action = topic.partition(".")
+    kind, *words = topic.split(".")
+    action = "_".join(words)  # "container.exec.start" is Docker's "exec_start"
     attributes = {str(key): str(value) for key, value in mapping(payload, "attributes").items()}
     if action.startswith("exec_") and attributes.get("command"):
         action = f"{action}: {attributes.pop('command')}"

@@ -1,9 +1,9 @@
-"""What changes containers that exist: stop, kill, restart, pause, unpause, wait, rm, rename. Several names go on past a failure."""
+"""What changes containers that exist: stop, kill, restart, pause, unpause, wait, update, rm, rename. Several names go on past a failure."""
 
 from __future__ import annotations
 
 from ..client import connect, each, missing, number
-from ..grammar import Options
+from ..grammar import CliError, Options
 
 
 def _stop_body(options: Options, name: str) -> dict[str, object]:
@@ -83,6 +83,20 @@ def remove(options: Options) -> int:
                 raise
             return missing(error)
         return name
+
+    return each(options, one, options.args)
+
+
+def update(options: Options) -> int:
+    from ..spec import limits
+
+    given = limits(options)
+    if not given:
+        raise CliError("you must provide one or more flags when using this command")
+    connection = connect(options)
+
+    def one(name: str) -> None:
+        connection.call("containerd.update", {"container": name, "resources": given})
 
     return each(options, one, options.args)
 

@@ -14,6 +14,7 @@ from pyx_bus.contract.imaged import Document
 from pyx_bus.service import Call, Context, Service
 
 from . import document, execute, host, kernel, listing, probe, recovery, service, start
+from . import update as update_
 from .drivers.runtime import Runtime
 from .engine import Engine, Live
 from .store import Store
@@ -122,11 +123,22 @@ def methods(engine: Engine) -> Service:
     async def exec_(call: Call, request: contract.ExecContainer) -> contract.ExitStatus:
         live = engine.find(request.container)
 
-        async def started(master: int) -> None:
+        async def started(exec_id: str, master: int) -> None:
             call_fds_done(call)
-            await call.send(contract.RunProgress(phase="started", id=live.id), [master] if master >= 0 else [])
+            item = contract.RunProgress(phase="started", id=live.id, exec_id=exec_id)
+            await call.send(item, [master] if master >= 0 else [])
 
         return await execute.execute(engine, live, request, call.fds, started)
+
+    @bus.method(contract.DETACH)
+    async def detach(call: Call, request: contract.DetachClient) -> Empty:
+        service.detach(engine, engine.find(request.container), request.exec_id)
+        return Empty()
+
+    @bus.method(contract.RESIZE)
+    async def resize(call: Call, request: contract.ResizeContainer) -> Empty:
+        await service.resize(engine, engine.find(request.container), request.rows, request.columns)
+        return Empty()
 
     @bus.method(contract.STOP)
     async def stop(call: Call, request: contract.StopContainer) -> Empty:
@@ -179,6 +191,15 @@ def methods(engine: Engine) -> Service:
         live: Live = engine.find(request.container)
         bundle = str(engine.bundle(live.id))
         return Document(document=document.inspect(live.record, bundle=bundle, exec_ids=list(live.executions)))
+
+    @bus.method(contract.UPDATE)
+    async def update(call: Call, request: contract.UpdateContainer) -> Empty:
+        await update_.update(engine, engine.find(request.container), request.resources)
+        return Empty()
+
+    @bus.method(contract.TOP)
+    async def top(call: Call, request: contract.TopContainer) -> contract.ProcessTable:
+        return await service.top(engine, engine.find(request.container), request.ps_args)
 
     @bus.method(contract.INFO)
     async def info(call: Call, request: Empty) -> contract.SystemInfo:

@@ -1,6 +1,7 @@
 """The end of a run: recording the exit, telling those who wait, and taking down what the run had.
 
-What somebody could notice (the name, published ports, volumes in use, the image in use) is free before the exit is reported; what
+The die event comes at once, with the change of the state, as Docker's. What somebody could notice (the name, published ports, volumes
+in use, the image in use) is free before the exit is reported to who waits for it, and before the destroy event; what
 nobody refers to any more (the runtime's state, the cgroup, the last bytes on their way to the log, the bundle) goes afterwards.
 Each exit is handled once: ``ended`` acts on the change from running, and there's only one of those.
 """
@@ -21,7 +22,7 @@ from pyx_bus.contract import containerd as contract
 from pyx_bus.contract import imaged, logd, netd, volumed
 
 from . import bundle as bundles
-from . import cgroups, kernel
+from . import cgroups, execute, kernel
 from .drivers.runtime import Runtime
 from .engine import SERVICE_TIMEOUT_S, Engine, Live
 from .errors import KernelError
@@ -42,43 +43,49 @@ async def ended(engine: Engine, live: Live, exit_: Exit) -> None:
     if not live.running:
         return
     record = live.record
-    oom_killed = kernel.oom_kills(record.cgroup) > 0
+    oom_kills = kernel.oom_kills(record.cgroup)
     engine.change(
         live,
         Change.EXIT,
         pid=0,
         exit_code=exit_.code,
         signal=exit_.signal,
-        oom_killed=oom_killed,
+        oom_killed=oom_kills > 0,
         finished_at_ns=exit_.time_ns,
         sandbox=None,
     )
-    removing = record.spec.auto_remove and not live.restarting
-    if removing:
-        engine.cleaning[live.id] = live
-        engine.forget(live)
-    for execution in live.executions.values():
+    for execution in list(live.executions.values()):  # its end took them along
         execution.ended.set()
+        execute.over(engine, live, execution)
+    _tell_died(engine, live, exit_, record.started_at_ns, oom_kills)
+    removing = live.leaving = record.spec.auto_remove and not live.restarting
+    if removing:
+        engine.change(live, Change.REMOVE)
     with trio.move_on_after(REPORT_WITHIN_S):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_store, engine, live, removing)
+            nursery.start_soon(step, engine, live, "row", lambda: _store(engine, live, removing))
             nursery.start_soon(_release, engine, live, network_steps(engine, live))
             await trio.lowlevel.checkpoint()  # they're on their way while the kernel takes its millisecond for the unmount
             unmount(engine, live)
             if removing:
                 nursery.start_soon(_release, engine, live, removal_steps(engine, live, volumes=True))
     unmount(engine, live)
-    _tell_died(engine, live, exit_, record.started_at_ns)
     if removing:
-        engine.publish(contract.ContainerDestroyed, live.record)
+        gone(engine, live)
     live.exited.set()
-    if removing:
-        live.removed.set()
     await take_down(engine, live, ran=True)
     if removing:
         await step(engine, live, "log", lambda: engine.bus.call(logd.REMOVE, logd.RemoveLog(container_id=live.id)))
         engine.cleaning.pop(live.id, None)
     live.clean.set()
+
+
+def gone(engine: Engine, live: Live) -> None:
+    """It doesn't exist any more, and what it held is free; of its last run something may still be taken down."""
+    engine.cleaning[live.id] = live
+    engine.forget(live)
+    engine.publish(contract.ContainerDestroyed, live.record)
+    live.removed.set()
 
 
 async def _store(engine: Engine, live: Live, removing: bool) -> None:
@@ -88,7 +95,9 @@ async def _store(engine: Engine, live: Live, removing: bool) -> None:
         await engine.store.update(live.record)
 
 
-def _tell_died(engine: Engine, live: Live, exit_: Exit, started_at_ns: int) -> None:
+def _tell_died(engine: Engine, live: Live, exit_: Exit, started_at_ns: int, oom_kills: int) -> None:
+    if oom_kills > live.oom_kills:
+        engine.publish(contract.ContainerOutOfMemory, live.record, {"kills": oom_kills - live.oom_kills})
     run_time_ns = max(0, exit_.time_ns - started_at_ns)
     extra = {"exitCode": str(exit_.code), "execDuration": str(run_time_ns // 10**9)}
     if exit_.signal:

@@ -1,6 +1,8 @@
 """What the use cases share: the containers in memory, the store, the zygote, the runtimes, and the few steps all of them take.
 
-Memory is the truth while the service runs; the store is written before anything is reported as done. A container's operations that
+Memory is the truth while the service runs; the store is written before anything is reported as done. What ``list`` and ``inspect``
+answer (``containers``, ``Live.record``, ``Live.executions``) changes together with the publishing of the event that tells of it, with
+no await in between: so an answer and the events after it fit together. A container's operations that
 change what is attached to it (start, remove, rename) hold ``Live.lock``; waiting for an exit never does, so stop, kill and wait work
 at any time.
 """
@@ -60,6 +62,7 @@ class Live:
     - ``removed``: its row is gone
     - ``hurry``: stop waiting for a slow reader of the last run's output
     - ``restarting``: its exit is the first half of a restart, and not its end
+    - ``leaving``: it has ended and removes itself
     """
 
     record: Container
@@ -73,6 +76,8 @@ class Live:
     removed: trio.Event = field(default_factory=trio.Event)
     mounted: bool = False
     restarting: bool = False
+    leaving: bool = False
+    oom_kills: int = 0  # of this run, as told so far
     logged: trio.Event = field(default_factory=trio.Event)
     executions: dict[str, Execution] = field(default_factory=dict)
 
@@ -109,7 +114,7 @@ class Engine:
         self.zygote = Zygote(f"{self.cgroup_parent}/{kernel.SHIM_CGROUP}")
         self.warm_path = ""
         self.containers: dict[str, Live] = {}
-        self.names: dict[str, str] = {}
+        self.names: dict[str, str] = {}  # reserved ones, too
         self.cleaning: dict[str, Live] = {}  # removed, but something of their last run is still being taken down
         self.creating: set[str] = set()  # IDs given out, whose rows aren't there yet
         self.runtimes: dict[str, Runtime] = {}

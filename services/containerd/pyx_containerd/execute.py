@@ -22,10 +22,10 @@ from .drivers.runtime import parse_failure
 from .engine import Engine, Execution, Live
 from .errors import exec_failed, is_paused, not_running
 from .model import State
-from .shims import RuntimeFailed
+from .shims import Exit, RuntimeFailed
 
-Started = Callable[[int], Awaitable[None]]
-"""Called when the process runs, with the terminal's master or -1 (still ours)."""
+Started = Callable[[str, int], Awaitable[None]]
+"""Called when the process runs, with the exec's ID, and the terminal's master or -1 (still ours)."""
 
 
 async def execute(
@@ -48,6 +48,9 @@ async def execute(
     engine.warm()
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     live.executions[execution.key] = execution
+    told = {"exec_id": execution.key}
+    details = {"execID": execution.key, "command": " ".join(request.args)}
+    engine.publish(contract.ExecCreated, live.record, told, **details)
     try:
         stdio = None if request.tty else _stdio(request, fds, null)
         _write_process(live, bundle, execution.key, request)
@@ -70,16 +73,18 @@ async def execute(
         finally:
             for suffix in ("json", "pid", "log"):
                 (bundle / f"exec-{execution.key}.{suffix}").unlink(missing_ok=True)
-    except BaseException:
-        live.executions.pop(execution.key, None)
+    except BaseException as failure:
+        code = failure.details.get("exit_code", "") if isinstance(failure, errors.BusError) else ""
+        execution.exit = Exit(execution.key, int(code) if code.isdigit() else 126, 0, time.time_ns())
+        over(engine, live, execution)
         raise
     finally:
         os.close(null)
-    details = {"execID": execution.key, "command": " ".join(request.args)}
-    engine.publish(contract.ExecStarted, live.record, **details)
+    if execution.key in live.executions:  # else the container has ended meanwhile
+        engine.publish(contract.ExecStarted, live.record, told, **details)
     engine.background(_ended, engine, live, execution)
     try:
-        await started(master)
+        await started(execution.key, master)
     finally:
         if master >= 0:
             os.close(master)
@@ -151,9 +156,16 @@ def check_command(root: int, command: str, env: list[str], directory: str) -> tu
 
 async def _ended(engine: Engine, live: Live, execution: Execution) -> None:
     await execution.ended.wait()
-    live.executions.pop(execution.key, None)
+    over(engine, live, execution)
+
+
+def over(engine: Engine, live: Live, execution: Execution) -> None:
+    """It has ended, or never began: forget and tell it, once."""
+    if live.executions.pop(execution.key, None) is None:
+        return
     code = _status(live, execution).exit_code
-    engine.publish(contract.ExecDied, live.record, execID=execution.key, exitCode=str(code))
+    fields = {"exec_id": execution.key, "exit_code": code}
+    engine.publish(contract.ExecDied, live.record, fields, execID=execution.key, exitCode=str(code))
 
 
 def _status(live: Live, execution: Execution) -> contract.ExitStatus:

@@ -272,7 +272,6 @@ def _namespaces(around: Surroundings) -> list[dict[str, str]]:
 
 
 def _resources(spec: ContainerSpec, around: Surroundings) -> dict[str, object]:
-    limits: Resources = spec.resources
     rules: list[dict[str, object]]
     if spec.privileged:
         rules = [{"allow": True, "access": "rwm"}]
@@ -286,11 +285,16 @@ def _resources(spec: ContainerSpec, around: Surroundings) -> dict[str, object]:
             if minor is not None:
                 rule["minor"] = minor
             rules.append(rule)
-    document: dict[str, object] = {"devices": rules}
+    return {"devices": rules, **limits(spec.resources, swap_accounting=around.swap_accounting)}
+
+
+def limits(limits: Resources, *, swap_accounting: bool) -> dict[str, object]:
+    """What of ``linux.resources`` comes from the limits asked for."""
+    document: dict[str, object] = {}
     memory: dict[str, object] = {}
     if limits.memory_bytes:
         memory["limit"] = limits.memory_bytes
-        if around.swap_accounting:  # Docker's default: as much swap again as memory
+        if swap_accounting:  # Docker's default: as much swap again as memory
             memory["swap"] = limits.memory_swap_bytes or 2 * limits.memory_bytes
     if limits.memory_reservation_bytes:
         memory["reservation"] = limits.memory_reservation_bytes

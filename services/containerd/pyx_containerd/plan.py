@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 
-from pyx_bus.contract.containerd import ContainerSpec
+import msgspec
+
+from pyx_bus.contract.containerd import ContainerSpec, Resources
 from pyx_bus.contract.imaged import ImageConfig
 from pyx_bus.contract.netd import PortMapping
 from pyx_bus.contract.volumed import MountRequest
@@ -95,7 +97,7 @@ def check(spec: ContainerSpec, cpus: int) -> None:
     if spec.network.partition(":")[0] in ("host", "container") and spec.ports:
         raise InvalidArgument(f'ports can\'t be published with network "{spec.network}"')
     _check_modes(spec)
-    _check_resources(spec, cpus)
+    check_resources(spec.resources, cpus)
 
 
 def _check_modes(spec: ContainerSpec) -> None:
@@ -110,8 +112,7 @@ def _check_modes(spec: ContainerSpec) -> None:
         raise InvalidArgument("the hostname can't be set together with the host's UTS namespace")
 
 
-def _check_resources(spec: ContainerSpec, cpus: int) -> None:
-    resources = spec.resources
+def check_resources(resources: Resources, cpus: int) -> None:
     if resources.memory_bytes and resources.memory_bytes < MIN_MEMORY_BYTES:
         raise InvalidArgument(f"the memory limit of {resources.memory_bytes} bytes is too small: at least 6 MiB are needed")
     if resources.memory_swap_bytes > 0 and resources.memory_swap_bytes < resources.memory_bytes:
@@ -129,6 +130,29 @@ def _check_resources(spec: ContainerSpec, cpus: int) -> None:
     for text in (resources.cpuset_cpus, resources.cpuset_mems):
         if text and not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
             raise InvalidArgument(f'invalid set of CPUs or memory nodes: "{text}"')
+
+
+def updated_resources(now: Resources, wanted: Resources, cpus: int) -> Resources:
+    """The limits after an update: what isn't 0 or empty in ``wanted`` in place of what there is (Docker's rules)."""
+    if wanted.oom_score_adj:
+        raise InvalidArgument("the OOM score adjustment of a container can't be changed")
+    if wanted.nano_cpus and (now.cpu_period_us or now.cpu_quota_us):
+        raise InvalidArgument("CPUs can't be set: a CPU period or quota has been set already")
+    if (wanted.cpu_period_us or wanted.cpu_quota_us) and now.nano_cpus:
+        raise InvalidArgument("a CPU period or quota can't be set: the number of CPUs has been set already")
+    changed = {name: value for name in Resources.__struct_fields__ if (value := getattr(wanted, name))}
+    if now.memory_bytes and "memory_bytes" in changed and not wanted.memory_swap_bytes and now.memory_swap_bytes >= 0:
+        # Without a word about swap its limit stays what it was, also where that came of the default.
+        both = now.memory_swap_bytes or 2 * now.memory_bytes
+        if wanted.memory_bytes > both:
+            raise InvalidArgument(
+                f"the memory limit would be above the limit of memory and swap together, {both} bytes",
+                hint="update that at the same time (--memory-swap)",
+            )
+        changed["memory_swap_bytes"] = both
+    result = msgspec.structs.replace(now, **changed)
+    check_resources(result, cpus)
+    return result
 
 
 def capability(name: str) -> str:

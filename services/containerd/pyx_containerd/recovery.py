@@ -9,6 +9,8 @@ What may be there, and what becomes of it:
   running one is taken up, an ended one cleaned up;
 - a bundle, cgroup or runtime state of an unknown ID: removed. The start was never acknowledged, or the removal was.
 
+An event of what is found changed is published, if perhaps for the second time.
+
 Then, and whenever one of them comes up again, the other services are told which IDs live, and logd gets the streams again.
 """
 
@@ -22,6 +24,7 @@ from pathlib import Path
 import trio
 
 from pyx_bus import errors
+from pyx_bus.contract import containerd as contract
 from pyx_bus.contract import imaged, logd, netd, volumed
 from pyx_bus.contract.base import Method, Released, Retain
 from pyx_bus.contract.bus import ServiceUp
@@ -42,6 +45,7 @@ async def recover(engine: Engine) -> None:
     for record in engine.store.load():
         if record.state is State.REMOVING:  # the row goes last but one: make it so
             await engine.store.delete(record.id)
+            engine.publish(contract.ContainerDestroyed, record)
             continue
         live = Live(record)
         engine.containers[record.id] = live
@@ -73,6 +77,7 @@ async def _take_up(engine: Engine, live: Live, has_bundle: bool) -> None:
             paused = kernel.frozen(record.cgroup)
             if paused != (live.record.state is State.PAUSED):  # killed between the freezer and the row
                 engine.change(live, Change.PAUSE if paused else Change.UNPAUSE)
+                engine.publish(contract.ContainerPaused if paused else contract.ContainerUnpaused, live.record)
                 engine.background(engine.store.update, live.record)
             return
         if state is not None and state.phase == "exited" and state.exit.time_ns != record.finished_at_ns:
@@ -91,9 +96,8 @@ async def _take_up(engine: Engine, live: Live, has_bundle: bool) -> None:
     elif has_bundle or record.provisional:
         live.clean = trio.Event()
         if record.provisional:
-            engine.cleaning[live.id] = live
-            engine.forget(live)
             await engine.store.delete(live.id)
+            end.gone(engine, live)
         engine.background(_clean, engine, live)
 
 
@@ -109,6 +113,7 @@ def _mark_running(engine: Engine, live: Live, pid: int, record: Container) -> No
     if record.state in (State.RUNNING, State.PAUSED):
         return
     engine.change(live, Change.START, pid=pid, run=max(1, record.run), started_at_ns=time.time_ns(), error="", provisional=False)
+    engine.publish(contract.ContainerStarted, live.record)
     engine.background(engine.store.update, live.record)
 
 
@@ -156,6 +161,7 @@ async def _discard(engine: Engine, container_id: str) -> None:
         bundles.remove(bundle)
     except (KernelError, OSError) as error:
         engine.undone("bundle", container_id, error)
+    engine.bus.publish(contract.ContainerDestroyed(id=container_id, time_ns=time.time_ns()))
 
 
 async def _ignore(*_: object) -> None:

@@ -15,10 +15,10 @@ from pyx_bus.contract import containerd as contract
 from pyx_bus.contract import imaged, logd, netd, volumed
 
 from . import bundle as bundles
-from . import end, kernel, names, plan, start
+from . import end, kernel, names, plan, processes, start
 from .drivers.runtime import parse_failure
 from .engine import SERVICE_TIMEOUT_S, Engine, Live, Progress
-from .errors import KernelError, is_paused, name_taken, not_running, start_failed
+from .errors import KernelError, is_paused, name_taken, no_such_container, not_running, start_failed
 from .model import Change, Container, State
 from .shim import set_window_size
 
@@ -64,9 +64,10 @@ async def create(engine: Engine, spec: contract.ContainerSpec, progress: Progres
             if not to_start:
                 end.unmount(engine, live)
                 bundles.remove(engine.bundle(container_id))
-        engine.containers[container_id] = live
         if not to_start:  # run writes its row beside the runtime's start: until it's acknowledged nobody may rely on it
             await engine.store.insert(live.record)
+        engine.containers[container_id] = live
+        engine.publish(contract.ContainerCreated, live.record)
     except BaseException as failure:
         with trio.CancelScope(shield=True):
             await _uncreate(engine, live, container_id, name, spec, attached=to_start)
@@ -75,7 +76,6 @@ async def create(engine: Engine, spec: contract.ContainerSpec, progress: Progres
         raise
     finally:
         engine.creating.discard(container_id)
-    engine.publish(contract.ContainerCreated, live.record)
     return live
 
 
@@ -266,8 +266,8 @@ async def _signal(engine: Engine, live: Live, number: int) -> None:
 
 async def _unpaused(engine: Engine, live: Live) -> None:
     engine.change(live, Change.UNPAUSE)
-    await engine.store.update(live.record)
     engine.publish(contract.ContainerUnpaused, live.record)
+    await engine.store.update(live.record)
 
 
 async def _force(engine: Engine, live: Live) -> None:
@@ -314,8 +314,8 @@ async def pause(engine: Engine, live: Live) -> None:
     runtime = await engine.runtime(live.record.runtime)
     await _runtime_run(engine, live, runtime.pause(live.id))
     engine.change(live, Change.PAUSE)
-    await engine.store.update(live.record)
     engine.publish(contract.ContainerPaused, live.record)
+    await engine.store.update(live.record)
 
 
 async def unpause(engine: Engine, live: Live) -> None:
@@ -367,29 +367,28 @@ async def remove(engine: Engine, live: Live, *, force: bool, volumes: bool) -> N
             raise errors.Conflict(f'cannot remove container "{live.record.name}": it is {what}')
         if live.running:
             await _force(engine, live)
+        if live.leaving:
+            await live.removed.wait()
         if live.removed.is_set() or live.id not in engine.containers:
             return  # it removed itself
         async with live.lock:
             if live.removed.is_set() or live.id not in engine.containers:
                 return
-            if not live.running:
+            if not live.running and not live.leaving:
                 await _remove(engine, live, volumes=volumes)
                 return
-        # it was being started, and is running now
+        # it was being started, and is running now, or has ended and removes itself
 
 
 async def _remove(engine: Engine, live: Live, *, volumes: bool) -> None:
     with trio.CancelScope(shield=True):
         engine.change(live, Change.REMOVE)
-        engine.cleaning[live.id] = live
-        engine.forget(live)
         end.unmount(engine, live)
         await engine.store.delete(live.id)
         async with trio.open_nursery() as nursery:
             for name, action in end.removal_steps(engine, live, volumes=volumes):
                 nursery.start_soon(end.step, engine, live, name, action)
-        engine.publish(contract.ContainerDestroyed, live.record)
-        live.removed.set()
+        end.gone(engine, live)
         engine.background(_finish_removal, engine, live)
 
 
@@ -406,21 +405,26 @@ async def rename(engine: Engine, live: Live, name: str) -> None:
     name = name.removeprefix("/")
     plan.check_name(name)
     async with live.lock:
+        if live.id not in engine.containers:
+            raise no_such_container(live.record.name)
         old = live.record.name
         if engine.names.get(name) == live.id:
             raise errors.InvalidArgument(f'container "{old}" has this name already')
         if name in engine.names:
             raise name_taken(name, engine.names[name])
         engine.reserve_name(name, live.id)
-        live.record = msgspec.structs.replace(live.record, name=name)
+        before = live.record
         try:
-            await engine.store.update(live.record)
+            await engine.store.update(msgspec.structs.replace(before, name=name))
         except BaseException:
-            live.record = msgspec.structs.replace(live.record, name=old)
             engine.free_name(name, live.id)
             raise
+        changed = live.record is not before
+        live.record = msgspec.structs.replace(live.record, name=name)
         engine.free_name(old, live.id)
-        engine.publish(contract.ContainerRenamed, live.record, oldName=old)
+        engine.publish(contract.ContainerRenamed, live.record, oldName="/" + old)
+        if changed:  # it ended meanwhile, say, and that was written under the old name
+            await engine.store.update(live.record)
 
 
 async def attach(engine: Engine, live: Live, options: contract.AttachOptions, clients: Sequence[int]) -> int:
@@ -444,4 +448,48 @@ async def attach(engine: Engine, live: Live, options: contract.AttachOptions, cl
         if given >= 0 and live.record.spec.tty and options.rows:
             set_window_size(given, options.rows, options.columns)
     engine.publish(contract.ContainerAttached, live.record)
+    if given >= 0 and live.record.spec.tty and options.rows:
+        tell_resized(engine, live, options.rows, options.columns)
     return given
+
+
+def detach(engine: Engine, live: Live, exec_id: str) -> None:
+    """Tell that somebody who was attached has left. Errors: not_found, failed_precondition."""
+    if not live.running:
+        raise not_running(live.record.name)
+    if not exec_id:
+        engine.publish(contract.ContainerDetached, live.record)
+    elif exec_id in live.executions:
+        engine.publish(contract.ExecDetached, live.record, {"exec_id": exec_id}, execID=exec_id)
+    else:
+        raise errors.NotFound(f'no such exec in container "{live.record.name}": "{exec_id}"')
+
+
+async def resize(engine: Engine, live: Live, rows: int, columns: int) -> None:
+    """Errors: failed_precondition, invalid_argument."""
+    if not (1 <= rows <= 0xFFFF and 1 <= columns <= 0xFFFF):
+        raise errors.InvalidArgument(f"invalid size of a terminal: {rows} rows, {columns} columns")
+    if not live.running or live.shim is None:
+        raise not_running(live.record.name)
+    if not live.record.spec.tty:
+        raise errors.FailedPrecondition(f'container "{live.record.name}" has no terminal')
+    held = await live.shim.descriptors()
+    try:
+        set_window_size(held["tty"], rows, columns)
+    finally:
+        for fd in held.values():
+            os.close(fd)
+    tell_resized(engine, live, rows, columns)
+
+
+def tell_resized(engine: Engine, live: Live, rows: int, columns: int) -> None:
+    engine.publish(contract.ContainerResized, live.record, height=str(rows), width=str(columns))
+
+
+async def top(engine: Engine, live: Live, ps_args: Sequence[str]) -> contract.ProcessTable:
+    """Errors: see ``contract.TopContainer``."""
+    if not live.running:
+        raise not_running(live.record.name)
+    table = await processes.table(ps_args, kernel.cgroup_processes(live.record.cgroup))
+    engine.publish(contract.ContainerTopped, live.record)
+    return contract.ProcessTable(titles=table.titles, processes=table.rows)

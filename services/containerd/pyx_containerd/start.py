@@ -72,6 +72,8 @@ async def start(engine: Engine, live: Live, attach: contract.AttachOptions, clie
         await live.clean.wait()
         if live.id not in engine.containers:
             raise errors.NotFound(f'no such container: "{live.record.name}"')
+        if live.record.state is State.REMOVING:
+            raise errors.FailedPrecondition(f'container "{live.record.name}" is being removed')
         with trio.CancelScope(shield=True, deadline=trio.current_time() + START_TIMEOUT_S):
             return await _start(engine, live, attach, clients)
         raise start_failed(live.record.name, f"it took longer than {START_TIMEOUT_S:g} s", 125)
@@ -87,7 +89,7 @@ async def _start(engine: Engine, live: Live, attach: contract.AttachOptions, cli
     try:
         await _prepare(engine, live)
         pid, streams, given = await _spawn(engine, live, runtime, fds, attach, clients)
-        _now_running(engine, live, pid)
+        _now_running(engine, live, pid, attach)
         began = True
         try:
             async with trio.open_nursery() as nursery:
@@ -308,13 +310,18 @@ def _read_log(engine: Engine, container_id: str, name: str) -> str:
         return ""
 
 
-def _now_running(engine: Engine, live: Live, pid: int) -> None:
+def _now_running(engine: Engine, live: Live, pid: int, attach: contract.AttachOptions) -> None:
+    if attach.output or attach.stdin:
+        engine.publish(contract.ContainerAttached, live.record)
+    live.oom_kills = 0
     change = Change.START
     engine.change(
         live, change, pid=pid, started_at_ns=time.time_ns(), finished_at_ns=0, exit_code=0, signal=0, oom_killed=False, error=""
     )
     live.record = msgspec.structs.replace(live.record, provisional=False)
     engine.publish(contract.ContainerStarted, live.record)
+    if live.record.spec.tty and attach.rows:
+        engine.publish(contract.ContainerResized, live.record, height=str(attach.rows), width=str(attach.columns))
     live.spawned.set()
     live.begins.set()
     live.begins = trio.Event()

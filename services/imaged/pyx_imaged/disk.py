@@ -22,6 +22,7 @@ import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from . import kernel
 from .drivers.base import Snapshotter
 from .model import Digest, ImageID, SnapshotRecord
 
@@ -52,7 +53,8 @@ class Disk:
     def ingest_directory(self) -> Path:
         path = self.ingest()
         path.mkdir(mode=0o755)
-        os.chmod(path, 0o755)  # a layer's root is this directory: the umask has no say
+        os.chmod(path, 0o755)  # a layer's root is this directory: the umask has no say,
+        kernel.give_to_root(path)  # nor who we are
         return path
 
     # Blobs

@@ -79,6 +79,7 @@ class Extractor:
         self._implied_bytes = 0
         self._times_bytes = 0
         self._stale = False
+        self._self = os.geteuid(), os.getegid()
         self.result = Unpacked(implied={b""})
 
     def close(self) -> None:
@@ -154,7 +155,7 @@ class Extractor:
         except FileNotFoundError:
             if not make:
                 raise
-            os.mkdir(part, 0o755, dir_fd=parent)
+            self._make_roots_directory(part, parent)
             self._imply(parts)
             return os.open(part, _DIRECTORY, dir_fd=parent)
         except OSError as error:
@@ -168,6 +169,12 @@ class Extractor:
                 return self._replace_whiteout(part, parent)
             raise
 
+    def _make_roots_directory(self, name: bytes, parent: int) -> None:
+        """One that the archive says nothing of is root's, whoever we are."""
+        os.mkdir(name, 0o755, dir_fd=parent)
+        if self._self != (0, 0):
+            os.chown(name, 0, 0, dir_fd=parent, follow_symlinks=False)
+
     def _imply(self, parts: tuple[bytes, ...]) -> None:
         name = b"/".join(parts)
         self._implied_bytes += len(name)
@@ -178,7 +185,7 @@ class Extractor:
     def _replace_whiteout(self, name: bytes, parent: int) -> int:
         """A directory where the same layer had hidden what's below: it stays hidden."""
         os.unlink(name, dir_fd=parent)
-        os.mkdir(name, 0o755, dir_fd=parent)
+        self._make_roots_directory(name, parent)
         fd = os.open(name, _DIRECTORY, dir_fd=parent)
         os.setxattr(fd, kernel.OVERLAY_OPAQUE, b"y")
         return fd
@@ -350,7 +357,7 @@ class Extractor:
             }[entry.kind]
             device = os.makedev(*entry.device) if kind != stat.S_IFIFO else 0
             self._make(lambda: os.mknod(base, kind | (entry.mode & 0o777), device, dir_fd=parent), parts, parent)
-        if (entry.uid, entry.gid) != (0, 0):
+        if (entry.uid, entry.gid) != self._self:
             os.chown(base, entry.uid, entry.gid, dir_fd=parent, follow_symlinks=False)
         if entry.kind != tarstream.SYMLINK and entry.mode & 0o7000:
             os.chmod(base, entry.mode, dir_fd=parent)  # it was made just now: no link

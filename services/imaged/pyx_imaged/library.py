@@ -1,6 +1,7 @@
 """What's here right now: images, names, layers, snapshots, in memory and kept in step with the disk.
 
-Every question is answered from memory. Changes go to the disk first (one at a time, in a thread), then to memory. What a transfer
+Every question is answered from memory. Changes go to the disk first (one at a time, in a thread), then to memory, and are told as
+events with no await between the two: what list and inspect answer and the events after it fit together. What a transfer
 in progress needs is *held*, so that a clean-up at the same time leaves it alone.
 """
 
@@ -33,6 +34,7 @@ class Library:
         self.images: dict[ImageID, Image] = {image.id: image for image in self.store.images()}
         self.names: dict[str, ImageID] = self.store.names()
         self.layers: dict[ChainID, Layer] = {layer.chain_id: layer for layer in self.store.layers()}
+        self.going: set[ImageID] = set()  # being removed: still there to be seen, but no snapshot of them may begin
         self._unstored: dict[ChainID, list[str]] = {}  # → directories the layer implies
         self._held_layers: Counter[ChainID] = Counter()
         self._held_blobs: Counter[Digest] = Counter()
@@ -62,6 +64,9 @@ class Library:
     @functools.lru_cache(maxsize=512)  # noqa: B019  one library lives as long as the process
     def image_config(self, image_id: ImageID, name: str) -> ImageConfig:
         return manifest.image_config(image_id, name, self.config(image_id))
+
+    def labels(self, image_id: ImageID) -> dict[str, str]:
+        return self.image_config(image_id, "").labels
 
     def layer_paths(self, image: Image) -> list[Path]:
         """The layers' directories, bottom first."""
@@ -106,8 +111,13 @@ class Library:
         self.layers[chain_id] = Layer(chain_id, diff_id, number, found.unpacked_size, digest, found.size, media_type)
         self._unstored[chain_id] = found.implied
 
-    async def add_image(self, image: Image, documents: dict[Digest, bytes], names: list[str]) -> None:
-        """Store an image whose layers are all here, with its small blobs and its names. Durable when it returns."""
+    async def add_image(
+        self, image: Image, documents: dict[Digest, bytes], names: list[str], tell: Callable[[], None]
+    ) -> None:
+        """Store an image whose layers are all here, with its small blobs and its names. Durable when it returns.
+
+        ``tell`` publishes what it became part of; it's called at the moment the image can be seen.
+        """
         async with self._lock:
             new = [self.layers[chain_id] for chain_id in image.layers if chain_id in self._unstored]
             stored = self.images.get(image.id)
@@ -135,37 +145,42 @@ class Library:
                 self._unstored.pop(layer.chain_id, None)
             self.images[image.id] = image
             self.names.update(dict.fromkeys(names, image.id))
+            tell()
 
-    async def add_name(self, name: str, image_id: ImageID) -> None:
+    async def add_name(self, name: str, image_id: ImageID, tell: Callable[[], None]) -> None:
+        """``tell`` is called with the change, also if the image had the name already."""
         async with self._lock:
             if image_id not in self.images:
                 raise NotFound(f'image "{image_id}" was removed meanwhile')
             if self.names.get(name) != image_id:
                 await trio.to_thread.run_sync(self.store.put_names, image_id, [name])
                 self.names[name] = image_id
+            tell()
 
-    async def remove(self, decide: Callable[[], plan.Removal]) -> tuple[plan.Removal, list[Layer]]:
+    async def remove(
+        self, decide: Callable[[], plan.Removal], tell: Callable[[plan.Removal], None]
+    ) -> tuple[plan.Removal, list[Layer]]:
         """Forget names and, if said so, the image; and with it the layers and blobs nobody else needs: those are given back.
 
         ``decide`` says what is to go. It's asked when no other change is under way any more: a pull of the same image may just have
-        ended. From then on the image is gone from memory, so that no snapshot of it can begin; it's back if the disk fails.
+        ended. From then on no snapshot of the image can begin, unless the disk fails. ``tell`` is called at the moment it's gone.
         """
         async with self._lock:
             removal = decide()
-            image = self.images.pop(removal.image) if removal.image is not None else None
+            gone = [removal.image] if removal.image is not None else []
+            self.going.update(gone)
             try:
                 waste = self._garbage()
                 stored = [layer.chain_id for layer in waste.layers]
-                gone = [image.id] if image is not None else []
                 await trio.to_thread.run_sync(self.store.remove, removal.names, gone, stored)
-            except BaseException:
-                if image is not None:
-                    self.images[image.id] = image
-                raise
-            for name in removal.names:
-                self.names.pop(name, None)
-            if image is not None:
-                self._configs.pop(image.id, None)
+                for image_id in gone:
+                    del self.images[image_id]
+                    self._configs.pop(image_id, None)
+                for name in removal.names:
+                    self.names.pop(name, None)
+                tell(removal)
+            finally:
+                self.going.difference_update(gone)
             self._forget(waste)
         return removal, waste.layers
 
@@ -179,7 +194,8 @@ class Library:
             self._forget(waste)
 
     def _garbage(self) -> plan.Garbage:
-        return plan.garbage(self.images.values(), self.layers, self.blobs, self._held_layers, self._held_blobs)
+        needed = [image for image in self.images.values() if image.id not in self.going]
+        return plan.garbage(needed, self.layers, self.blobs, self._held_layers, self._held_blobs)
 
     def _forget(self, waste: plan.Garbage) -> None:
         for layer in waste.layers:

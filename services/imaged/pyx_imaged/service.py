@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import trio
@@ -24,8 +24,8 @@ _NO_SPACE = (28, 122)  # ENOSPC, EDQUOT
 Publish = Callable[[Event], None]
 
 
-def event(kind: type[Event], image_id: str, name: str, **attributes: str) -> Event:
-    return kind(id=image_id, time_ns=time.time_ns(), attributes={"name": name or image_id, **attributes})
+def event(kind: type[Event], image_id: str, name: str, labels: Mapping[str, str]) -> Event:
+    return kind(id=image_id, time_ns=time.time_ns(), attributes={**labels, "name": name or image_id})
 
 
 class Images:
@@ -71,6 +71,8 @@ class Images:
         if record is not None:
             return self._again(record, request)
         image, name = self._find(request.image, request.platform)
+        if image.id in self._library.going:
+            raise NotFound(f'image "{name}" is being removed')
         snapshotter = self._snapshotter
         paths = self._library.layer_paths(image)
         make = functools.partial(self._library.disk.make_snapshot, container_id, image.id, request.image, name, paths, snapshotter)
@@ -93,7 +95,7 @@ class Images:
         try:
             with self._library.holding(image.layers, ()):
                 record = await trio.to_thread.run_sync(make)
-            if image.id not in self._library.images:
+            if image.id not in self._library.images or image.id in self._library.going:
                 self._library.discard(self._library.disk.snapshot(container_id))
                 raise NotFound(f'image "{image.id}" was removed meanwhile')
             return record
@@ -152,7 +154,7 @@ class Images:
                 image,
                 tags.get(image_id, []),
                 manifest.created_ns(self._library.config(image_id)),
-                self._library.image_config(image_id, "").labels,
+                self._library.labels(image_id),
             )
             for image_id, image in self._library.images.items()
         ]
@@ -197,25 +199,30 @@ class Images:
         if target.digest:
             raise InvalidArgument(f'a name to be given cannot have a digest: "{request.target}"')
         image, _ = self._find(request.source, "")
-        await self._library.add_name(target.canonical, image.id)
-        self._publish(event(contract.ImageTagged, image.id, target.familiar))
+        tagged = event(contract.ImageTagged, image.id, target.familiar, self._library.labels(image.id))
+        await self._library.add_name(target.canonical, image.id, lambda: self._publish(tagged))
 
     async def remove(self, request: contract.RemoveImage) -> contract.RemovedImage:
         library = self._library
         image_id = ImageID("")
+        labels: dict[str, str] = {}
 
         def decide() -> plan.Removal:
-            nonlocal image_id
+            nonlocal image_id, labels
             image_id = plan.find(request.reference, library.images, library.names)[0]
+            labels = library.labels(image_id)
             return plan.remove(request.reference, request.force, library.images, library.names, library.users)
 
-        removal, layers = await library.remove(decide)
+        def tell(removal: plan.Removal) -> None:
+            for name in removal.names:
+                self._publish(event(contract.ImageUntagged, image_id, plan.familiar(name), labels))
+            if removal.image is not None:
+                self._publish(event(contract.ImageDeleted, image_id, image_id, labels))
+
+        removal, layers = await library.remove(decide, tell)
         untagged = [plan.familiar(name) for name in removal.names]
-        for name in untagged:
-            self._publish(event(contract.ImageUntagged, image_id, name))
         deleted: list[str] = []
         if removal.image is not None:
-            self._publish(event(contract.ImageDeleted, image_id, image_id))
             deleted = [image_id, *(layer.chain_id for layer in reversed(layers))]
         return contract.RemovedImage(untagged=untagged, deleted=deleted)
 

@@ -44,6 +44,8 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self._lock = threading.Lock()
+        path.touch()
+        path.chmod(0o600)  # environments of images are in it, and people put secrets there; WAL's files follow its mode
         self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")

@@ -22,6 +22,7 @@ from typing import Any
 import trio
 
 from pyx_bus.contract import imaged as contract
+from pyx_bus.contract.base import Event
 from pyx_bus.errors import BusError, InvalidArgument, NotFound, Unavailable
 
 from . import archive, changes, manifest, platforms, reference
@@ -47,6 +48,14 @@ class WantedLayer:
     size: int
     media_type: str
     base: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """As what an image's coming is told, and under which name (empty: its ID)."""
+
+    kind: type[Event]
+    name: str
 
 
 Fetch = Callable[[WantedLayer, Path, Path], Awaitable[UnpackResult]]
@@ -102,10 +111,9 @@ class Transfers:
                         media_type = _MEDIA_TYPES.get(result.compression, manifest.OCI_LAYER)
                         self._library.add_layer(directory, blob, chain_id, diff_id, result, media_type)
                     names = [target.canonical] if target else []
-                    image_id = await self._add(config, (chain_id,), "", {sha256(config): config}, names)
-        name = target.familiar if target else ""
-        self._publish(event(contract.ImageImported, image_id, name))
-        return contract.ImageID(id=image_id, reference=name)
+                    told = _Told(contract.ImageImported, target.familiar if target else "")
+                    image_id = await self._add(config, (chain_id,), "", {sha256(config): config}, names, told)
+        return contract.ImageID(id=image_id, reference=told.name)
 
     def _new_name(self, text: str) -> reference.Reference | None:
         if not text:
@@ -134,7 +142,6 @@ class Transfers:
                     names += familiar
                     if not familiar:
                         ids.append(image_id)
-                    self._publish(event(contract.ImageLoaded, image_id, familiar[0] if familiar else ""))
             await reporter.flush()
         finally:
             self._library.discard(spool)
@@ -154,9 +161,11 @@ class Transfers:
             os.link(file, blob)  # the archive may have the same layer twice
             return result
 
-        names = [reference.parse(name).canonical for name in found.names]
+        parsed = [reference.parse(name) for name in found.names]
         documents = archive.documents_by_digest(found)
-        return await self._store(found.config, wanted, found.digest, documents, names, fetch, reporter)
+        told = _Told(contract.ImageLoaded, parsed[0].familiar if parsed else "")
+        names = [name.canonical for name in parsed]
+        return await self._store(found.config, wanted, found.digest, documents, names, fetch, reporter, told)
 
     # Pull
 
@@ -211,13 +220,13 @@ class Transfers:
                     return result
                 return await self._download(repository.blob_stream, layer, directory, blob, reporter)
 
-            await self._store(config, layers, chosen.digest, documents, names, fetch, reporter, resumable=True)
+            told = _Told(contract.ImagePulled, name.familiar)
+            await self._store(config, layers, chosen.digest, documents, names, fetch, reporter, told, resumable=True)
         reporter.now("", f"Digest: {top.digest}")
         await reporter.flush()
         state = "Image is up to date for" if up_to_date else "Downloaded newer image for"
         reporter.now("", f"Status: {state} {name.familiar}")
         await reporter.flush()
-        self._publish(event(contract.ImagePulled, image_id, name.familiar))
         return contract.PulledImage(id=image_id, reference=name.familiar, digest=top.digest, up_to_date=up_to_date)
 
     async def _download(
@@ -284,6 +293,7 @@ class Transfers:
         names: list[str],
         fetch: Fetch,
         reporter: Reporter,
+        told: _Told,
         *,
         resumable: bool = False,
     ) -> ImageID:
@@ -301,7 +311,7 @@ class Transfers:
                         )
                 if failures:
                     raise failures[0]
-                return await self._add(config, chains, manifest_digest, documents, names)
+                return await self._add(config, chains, manifest_digest, documents, names, told)
 
     async def _get_layer(
         self,
@@ -337,11 +347,16 @@ class Transfers:
         manifest_digest: str,
         documents: dict[Digest, bytes],
         names: list[str],
+        told: _Told,
     ) -> ImageID:
         image = Image(
             ImageID(sha256(config)), config, chains, manifest_digest, tuple(sorted(documents)), time.time_ns()
         )
-        await self._library.add_image(image, documents, names)
+
+        def tell() -> None:
+            self._publish(event(told.kind, image.id, told.name, self._library.labels(image.id)))
+
+        await self._library.add_image(image, documents, names, tell)
         return image.id
 
     @contextmanager

@@ -14,7 +14,7 @@ from .store import Store
 async def setup(context: Context) -> Service:
     """Wire the service up; everything that runs lives in the context's nursery."""
     _allow_many_descriptors()
-    logs = LogService(Store(context.root, context.run), context.nursery, context.log)
+    logs = LogService(Store(context.root, context.run), context.nursery, context.bus.publish, context.log)
     logs.start()
     return serve(logs)
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 
 import structlog
 import trio
 
+from pyx_bus.contract.base import Event
+from pyx_bus.contract.logd import LogRecovered, LogTrouble
 from pyx_bus.errors import FailedPrecondition
 
 from . import frames
@@ -24,20 +27,31 @@ _REOPEN_S = 2.0
 """How long after a restart of logd containerd may take to bring the descriptors of a running container again."""
 
 _COMPLAIN_EVERY_S = 10.0
+_RECOVERED_AFTER_S = 1.0
 
 
 class ContainerLog:
     """Exists for every log somebody asked for; `open_run` makes it a writing one."""
 
-    def __init__(self, container: ContainerID, meta: Meta, store: Store, logger: structlog.typing.FilteringBoundLogger) -> None:
+    def __init__(
+        self,
+        container: ContainerID,
+        meta: Meta,
+        store: Store,
+        publish: Callable[[Event], None],
+        logger: structlog.typing.FilteringBoundLogger,
+    ) -> None:
         self.container = container
         self.meta = meta
         self._store = store
+        self._publish = publish
         self._logger = logger
         self._runs: dict[int, Run] = {}
         self._changed = trio.lowlevel.ParkingLot()
         self._complained_at = -_COMPLAIN_EVERY_S
-        self._lost = 0
+        self._complaints = 0
+        self._lost_bytes = 0  # since trouble began; 0 when there's none
+        self._lost_at = 0.0
         self.removed = False
         self.driver = self._make_driver(meta)
         if any(True for _ in store.windows(container)):
@@ -59,15 +73,36 @@ class ContainerLog:
     def _notify(self) -> None:
         self._changed.unpark_all()
 
-    def _trouble(self, what: str, error: OSError) -> None:
-        self._lost += 1
+    def _trouble(self, what: str, error: OSError, lost_bytes: int) -> None:
+        if lost_bytes and not self._lost_bytes:
+            attributes = {**self._attributes(), "reason": (error.strerror or str(error)).lower()}
+            self._publish(
+                LogTrouble(id=self.container, time_ns=time.time_ns(), attributes=attributes, errno=error.errno or 0)
+            )
         now = time.monotonic()
+        if lost_bytes:
+            self._lost_at = now
+        self._lost_bytes += lost_bytes
+        self._complaints += 1
         if now - self._complained_at >= _COMPLAIN_EVERY_S:
             self._complained_at = now
-            self._logger.error(
-                "output lost: it can't be stored", container=self.container, what=what, error=str(error), times=self._lost
+            text = "output lost: it can't be stored" if lost_bytes else "trouble with a log"
+            self._logger.error(text, container=self.container, what=what, error=str(error), times=self._complaints)
+            self._complaints = 0
+
+    def _attributes(self) -> dict[str, str]:
+        return {"container": self.container, "driver": self.meta.driver}
+
+    def _stored(self) -> None:
+        """A run has given the driver something to store, or has ended. On a disk that's nearly full small writes still succeed between
+        larger ones that don't: trouble is over when nothing was lost for a while."""
+        if self._lost_bytes and (not self.active or time.monotonic() - self._lost_at >= _RECOVERED_AFTER_S):
+            attributes = {**self._attributes(), "lostBytes": str(self._lost_bytes)}
+            self._publish(
+                LogRecovered(id=self.container, time_ns=time.time_ns(), attributes=attributes, lost_bytes=self._lost_bytes)
             )
-            self._lost = 0
+            self._lost_bytes = 0
+        self._notify()
 
     def _recover(self) -> None:
         """Store again what was read and not surely stored when logd was killed. At most one read was under way."""
@@ -107,7 +142,7 @@ class ContainerLog:
             for source in sources:
                 source.window.close(remove=True)
             raise
-        run = Run(number, self.driver, sources, [Client(fd, self.frame) for fd in fds[len(streams) :]], self._notify)
+        run = Run(number, self.driver, sources, [Client(fd, self.frame) for fd in fds[len(streams) :]], self._stored)
         run.resume()
         for old in [old for old, other in self._runs.items() if other.drained.is_set()]:
             del self._runs[old]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import time
+from collections.abc import Callable
 
 import structlog
 import trio
 
+from pyx_bus.contract.base import Event
 from pyx_bus.errors import InvalidArgument, NotFound, ResourceExhausted
 
 from .clients import check_client
@@ -23,9 +25,16 @@ from .store import Meta, Store
 class LogService:
     """Every method owns the descriptors it's given, whatever happens."""
 
-    def __init__(self, store: Store, nursery: trio.Nursery, logger: structlog.typing.FilteringBoundLogger) -> None:
+    def __init__(
+        self,
+        store: Store,
+        nursery: trio.Nursery,
+        publish: Callable[[Event], None],
+        logger: structlog.typing.FilteringBoundLogger,
+    ) -> None:
         self._store = store
         self._nursery = nursery
+        self._publish = publish
         self._logger = logger
         self._logs: dict[ContainerID, ContainerLog] = {}
 
@@ -42,7 +51,7 @@ class LogService:
         if log is None:
             meta = self._store.load(container)
             if meta is not None:
-                log = self._logs[container] = ContainerLog(container, meta, self._store, self._logger)
+                log = self._logs[container] = ContainerLog(container, meta, self._store, self._publish, self._logger)
         return log
 
     def _get(self, container: ContainerID) -> ContainerLog:
@@ -63,12 +72,12 @@ class LogService:
                 check_source(fd, stream)
             for fd in fds[len(streams) :]:
                 check_client(fd)
-            factory(driver)(self._store.directory(container), options, lambda what, error: None)  # checks the options
+            factory(driver)(self._store.directory(container), options, lambda what, error, lost: None)  # checks the options
             log = self._find(container)
             created_ns = log.meta.created_ns if log else time.time_ns()
             meta = Meta(driver=driver, options=options, tty=streams == ["tty"], run=run, created_ns=created_ns)
             if log is None:
-                log = self._logs[container] = ContainerLog(container, meta, self._store, self._logger)
+                log = self._logs[container] = ContainerLog(container, meta, self._store, self._publish, self._logger)
             opened = log.open_run(run, streams, fds, meta)
         except BaseException as error:
             for fd in fds:

@@ -15,9 +15,9 @@ from .drivers.base import Driver
 from .drivers.bridge import BridgeDriver
 from .drivers.null import HostDriver, NoneDriver
 from .kernel import host, ports
-from .model import CONTAINER_INTERFACE, Attachment, Network, Port, bridge_name, table_name
+from .model import CONTAINER_INTERFACE, Attachment, Network, bridge_name, table_name
 from .sandbox import NamespacePool
-from .service import Networks, resolver_for
+from .service import Networks, mapping, resolver_for
 from .store import AttachmentStore, NetworkStore
 
 _POOLED_NAMESPACES = 4
@@ -105,12 +105,6 @@ def _summary(network: Network) -> netd.NetworkSummary:
     )
 
 
-def _mapping(port: Port) -> netd.PortMapping:
-    return netd.PortMapping(
-        container_port=port.container_port, host_port=port.host_port, host_ip=port.host_ip, protocol=port.protocol
-    )
-
-
 def _sandbox(attachment: Attachment, network: Network) -> netd.Sandbox:
     resolver = resolver_for(network)
     endpoint = netd.Endpoint(
@@ -126,7 +120,7 @@ def _sandbox(attachment: Attachment, network: Network) -> netd.Sandbox:
     return netd.Sandbox(
         netns_path=attachment.netns,
         endpoints=[endpoint],
-        ports=[_mapping(port) for port in attachment.ports],
+        ports=[mapping(port) for port in attachment.ports],
         nameservers=list(resolver.nameservers),
         search=list(resolver.search),
         resolv_options=list(resolver.options),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pyx_bus.contract.netd import PortMapping
@@ -161,3 +161,10 @@ def matches(network: Network, filters: Mapping[str, Sequence[str]]) -> bool:
 def _has_label(labels: Mapping[str, str], wanted: str) -> bool:
     key, equals, value = wanted.partition("=")
     return key in labels and (not equals or labels[key] == value)
+
+
+def ports_text(ports: Iterable[Port]) -> str:
+    """As Docker's ``ps`` writes them: "0.0.0.0:8080->80/tcp, 127.0.0.1:53->53/udp"."""
+    return ", ".join(
+        f"{port.host_ip or '0.0.0.0'}:{port.host_port}->{port.container_port}/{port.protocol}" for port in ports
+    )

@@ -18,13 +18,20 @@ import trio
 from structlog.typing import FilteringBoundLogger
 
 from pyx_bus.contract.base import Event
-from pyx_bus.contract.netd import AttachContainer, NetworkConnected, NetworkDisconnected
+from pyx_bus.contract.netd import (
+    AttachContainer,
+    NetworkConnected,
+    NetworkDisconnected,
+    PortMapping,
+    PortsPublished,
+    PortsReleased,
+)
 from pyx_bus.errors import BusError, InvalidArgument, NotFound
 
 from . import plan
 from .drivers.base import Driver, Order
 from .kernel import host, namespaces
-from .model import Attachment, Network, namespace_file
+from .model import Attachment, Network, Port, namespace_file
 from .store import AttachmentStore, NetworkStore
 
 DEFAULT_NETWORKS = (("bridge", "bridge"), ("host", "host"), ("none", "null"))
@@ -67,11 +74,13 @@ class Networks:
         for name, driver in DEFAULT_NETWORKS:
             if name not in present:
                 self._save(Network(os.urandom(32).hex(), name, driver, time.time_ns()))
+        dropped: list[Attachment] = []
         for attachment in self._store.load():
             gone = attachment.netns and not namespaces.alive(attachment.netns, attachment.netns_inode)
             if gone or attachment.network_id not in self._networks:
                 self._store.remove(attachment.container_id)
                 self._log.info("dropped an attachment whose namespace is gone", container=attachment.container_id)
+                dropped.append(attachment)
             else:
                 self._attachments[attachment.container_id] = attachment
         keep = {Path(attachment.netns).name for attachment in self._attachments.values() if attachment.netns}
@@ -80,6 +89,9 @@ class Networks:
         for network in list(self._networks.values()):
             mine = [attachment for attachment in self._attachments.values() if attachment.network_id == network.id]
             self._save(await self._drivers[network.driver].start(network, mine))
+        for attachment in dropped:
+            if attachment.network_id in self._networks:
+                self._tell_gone(self._networks[attachment.network_id], attachment)
 
     def _save(self, network: Network) -> None:
         before = self._networks.get(network.id)
@@ -172,7 +184,7 @@ class Networks:
                 driver.detach(attachment)
                 raise
             self._attachments[container_id] = attachment
-        self._tell(NetworkConnected, network, container_id)
+            self._tell_there(network, attachment)
         return attachment, network
 
     async def detach(self, container_id: str) -> None:
@@ -188,8 +200,8 @@ class Networks:
             self._drivers[self._networks[attachment.network_id].driver].detach(attachment)
         finally:
             del self._attachments[attachment.container_id]
+            self._tell_gone(self._networks[attachment.network_id], attachment)
             self._store.remove(attachment.container_id)
-        self._tell(NetworkDisconnected, self._networks[attachment.network_id], attachment.container_id)
 
     async def retain(self, container_ids: Sequence[str], before_ns: int) -> list[str]:
         """Release what is held for others than these, if made before ``before_ns``; returns whose it was."""
@@ -205,9 +217,30 @@ class Networks:
             released.append(attachment.container_id)
         return released
 
-    def _tell(self, kind: type[NetworkConnected] | type[NetworkDisconnected], network: Network, container_id: str) -> None:
-        attributes = {"name": network.name, "type": network.driver, "container": container_id}
-        self._publish(kind(id=network.id, time_ns=time.time_ns(), attributes=attributes))
+    # Events are published with the change of what list and inspect answer, no await in between: an answer and the events after it
+    # fit together.
+
+    def _tell_there(self, network: Network, attachment: Attachment) -> None:
+        attributes = {"name": network.name, "type": network.driver, "container": attachment.container_id}
+        self._publish(NetworkConnected(id=network.id, time_ns=time.time_ns(), attributes=attributes))
+        if attachment.ports:
+            attributes = {**attributes, "ports": plan.ports_text(attachment.ports)}
+            ports = [mapping(port) for port in attachment.ports]
+            self._publish(PortsPublished(id=network.id, time_ns=time.time_ns(), attributes=attributes, ports=ports))
+
+    def _tell_gone(self, network: Network, attachment: Attachment) -> None:
+        attributes = {"name": network.name, "type": network.driver, "container": attachment.container_id}
+        if attachment.ports:
+            named = {**attributes, "ports": plan.ports_text(attachment.ports)}
+            ports = [mapping(port) for port in attachment.ports]
+            self._publish(PortsReleased(id=network.id, time_ns=time.time_ns(), attributes=named, ports=ports))
+        self._publish(NetworkDisconnected(id=network.id, time_ns=time.time_ns(), attributes=attributes))
+
+
+def mapping(port: Port) -> PortMapping:
+    return PortMapping(
+        container_port=port.container_port, host_port=port.host_port, host_ip=port.host_ip, protocol=port.protocol
+    )
 
 
 def resolver_for(network: Network) -> plan.Resolver:

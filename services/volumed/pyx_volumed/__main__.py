@@ -17,7 +17,7 @@ async def setup(context: Context) -> Service:
     store = Store(context.root / "volumed.db")
     context.exit_stack.callback(store.close)
     volumes = VolumeService(store, {"local": Local(context.root)}, context.bus.publish, context.log)
-    await trio.to_thread.run_sync(volumes.start)
+    volumes.tell_found(await trio.to_thread.run_sync(volumes.start))
     return serve(volumes)
 
 

@@ -1,6 +1,7 @@
 """The use cases of volumed.
 
-State is in memory, the database behind it; a change is made on disk first, then in memory, then told as an event.
+State is in memory, the database behind it; a change is made on disk first, then in memory and told as an event, with no await between
+the two: what list and inspect answer and the events after it fit together.
 """
 
 from __future__ import annotations
@@ -46,8 +47,9 @@ class VolumeService:
         self._locks = Locks()
         self._writing = trio.Lock()
 
-    def start(self) -> None:
-        """Read the state, and finish or undo what the last process was at. Blocking."""
+    def start(self) -> list[VolumeRecord]:
+        """Read the state, and finish or undo what the last process was at. Blocking. The volumes found that weren't recorded."""
+        found: list[VolumeRecord] = []
         volumes, references = self._store.load()
         self._volumes = {volume.name: volume for volume in volumes}
         for reference in references:
@@ -61,7 +63,14 @@ class VolumeService:
                     continue
                 self._store.change(add=[volume])
                 self._volumes[volume.name] = volume
+                found.append(volume)
                 self._logger.warning("found a volume that wasn't recorded", volume=unknown, driver=name)
+        return found
+
+    def tell_found(self, volumes: list[VolumeRecord]) -> None:
+        """They exist from now on, as far as anybody was told."""
+        for volume in volumes:
+            self._tell(contract.VolumeCreated, volume.name, volume.driver)
 
     # -- volumes ------------------------------------------------------------------------------------------------------------------
 
@@ -92,7 +101,13 @@ class VolumeService:
             raise Conflict(f'volume "{name}" exists with other driver options', hint="remove it first, or choose another name")
         return known
 
-    async def _make(self, volumes: list[VolumeRecord], fill: list[tuple[VolumeRecord, int]], refer: list[Reference] | None = None) -> None:
+    async def _make(
+        self,
+        volumes: list[VolumeRecord],
+        fill: list[tuple[VolumeRecord, int]],
+        refer: list[Reference] | None = None,
+        how: dict[str, dict[str, str]] | None = None,
+    ) -> None:
         """Make and fill new volumes, fill old ones, and record everything at once; on a failure nothing new is left."""
         made: list[VolumeRecord] = []
         try:
@@ -102,7 +117,7 @@ class VolumeService:
             for volume, source_fd in fill:
                 await self._blocking(self._driver(volume).mount, volume)
                 await self._blocking(self._driver(volume).fill, volume, source_fd)
-            await self._change(add=volumes, refer=refer or [])
+            await self._change(add=volumes, refer=refer or [], how=how)
         except BaseException:
             with trio.CancelScope(shield=True):
                 for volume in made:
@@ -111,7 +126,6 @@ class VolumeService:
             raise
         for volume in volumes:
             await self._blocking(self._driver(volume).settle, volume.name)
-            self._publish(contract.VolumeCreated(id=volume.name, time_ns=time.time_ns(), attributes={"driver": volume.driver}))
 
     async def remove(self, name: str, *, force: bool) -> None:
         """Errors: not_found (unless ``force``), conflict (in use)."""
@@ -135,7 +149,6 @@ class VolumeService:
         await self._blocking(driver.unmount, volume)
         await self._blocking(driver.withdraw, volume.name)
         await self._change(release=release or [], remove=[volume.name])
-        self._publish(contract.VolumeDestroyed(id=volume.name, time_ns=time.time_ns(), attributes={"driver": volume.driver}))
         with trio.CancelScope(shield=True):
             try:
                 await self._blocking(driver.delete, volume.name)
@@ -212,7 +225,8 @@ class VolumeService:
                 wanted = [(chosen[m.target], m.target) for m in planned if m.target in new and not m.request.no_copy]
                 sources = await self._blocking(_open_sources, root_fd, wanted)
             if refer:
-                await self._make(list(fresh.values()), sources, refer)
+                how = {mount.target: self._how(mount, chosen[mount.target]) for mount in planned if mount.target in chosen}
+                await self._make(list(fresh.values()), sources, refer, how)
         finally:
             for _, source_fd in sources:
                 os.close(source_fd)
@@ -224,8 +238,6 @@ class VolumeService:
             with trio.CancelScope(shield=True):
                 await self._undo(refer, fresh)
             raise
-        for reference in refer:
-            self._tell(contract.VolumeMounted, reference, chosen[reference.target])
         return [self._answer(mount, chosen.get(mount.target)) for mount in planned]
 
     def _choose(
@@ -272,8 +284,6 @@ class VolumeService:
             for volume in unused:
                 if volume not in doomed:
                     await self._blocking(self._driver(volume).unmount, volume)
-            for reference in held:
-                self._tell(contract.VolumeUnmounted, reference, volumes[reference.volume])
             for volume in doomed:
                 await self._destroy(volume, [reference for reference in held if reference.volume == volume.name])
 
@@ -294,9 +304,16 @@ class VolumeService:
     def _driver(self, volume: VolumeRecord) -> Driver:
         return find(self._drivers, volume.driver)
 
-    def _tell(self, event: type[Event], reference: Reference, volume: VolumeRecord) -> None:
-        attributes = {"driver": volume.driver, "container": reference.container_id, "destination": reference.target}
-        self._publish(event(id=volume.name, time_ns=time.time_ns(), attributes=attributes))
+    def _how(self, mount: plan.PlannedMount, volume: VolumeRecord) -> dict[str, str]:
+        """What a mount event says of how it's mounted, as Docker's does."""
+        point = self._answer(mount, volume)
+        return {"propagation": point.propagation, "read/write": "false" if point.read_only else "true"}
+
+    def _tell(self, event: type[Event], name: str, driver: str, reference: Reference | None = None, **more: str) -> None:
+        attributes = {"driver": driver, **more}
+        if reference is not None:
+            attributes |= {"container": reference.container_id, "destination": reference.target}
+        self._publish(event(id=name, time_ns=time.time_ns(), attributes=attributes))
 
     async def _blocking(self, function: Callable[..., T], *args: Any) -> T:
         """In a thread, to its end even if the caller is cancelled: what it was at is known then. Errors: resource_exhausted."""
@@ -314,8 +331,9 @@ class VolumeService:
         refer: list[Reference] | None = None,
         release: list[Reference] | None = None,
         remove: list[str] | None = None,
+        how: dict[str, dict[str, str]] | None = None,
     ) -> None:
-        """Change the database, then the memory, as one step."""
+        """Change the database, then the memory, and tell it, as one step. ``how``: by target, more to say of a mount."""
         add, refer, release, remove = add or [], refer or [], release or [], remove or []
         async with self._writing:
             with trio.CancelScope(shield=True):
@@ -325,12 +343,18 @@ class VolumeService:
                 held.pop(reference.target, None)
                 if not held:
                     self._references.pop(reference.container_id, None)
+                self._tell(contract.VolumeUnmounted, reference.volume, self._volumes[reference.volume].driver, reference)
             for name in remove:
-                self._volumes.pop(name, None)
+                gone = self._volumes.pop(name, None)
+                if gone is not None:
+                    self._tell(contract.VolumeDestroyed, name, gone.driver)
             for volume in add:
                 self._volumes[volume.name] = volume
+                self._tell(contract.VolumeCreated, volume.name, volume.driver)
             for reference in refer:
                 self._references.setdefault(reference.container_id, {})[reference.target] = reference
+                driver = self._volumes[reference.volume].driver
+                self._tell(contract.VolumeMounted, reference.volume, driver, reference, **(how or {}).get(reference.target, {}))
 
 
 def _check_binds(planned: list[plan.PlannedMount]) -> None:

@@ -47,6 +47,8 @@ class Store:
     """Blocking; one thread at a time."""
 
     def __init__(self, path: Path) -> None:
+        path.touch()
+        path.chmod(0o600)  # passwords of network file systems are among the options; WAL's files follow its mode
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA foreign_keys=ON;")
         version = self._db.execute("PRAGMA user_version").fetchone()[0]

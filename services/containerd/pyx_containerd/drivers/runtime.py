@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 LOG_FILE = "runtime.log"
 PID_FILE = "init.pid"
+UPDATE_FILE = "update.json"
 CONSOLE = "{console}"
 PLAIN_STATE = frozenset({"runc", "crun"})
 
@@ -45,6 +46,10 @@ class Runtime:
 
     def delete(self, container_id: str) -> list[str]:
         return [*self._base("delete.log"), "delete", "--force", container_id]
+
+    def update(self, container_id: str) -> list[str]:
+        """Limits as of ``UPDATE_FILE``, a runtime spec's ``linux.resources``; what isn't in it stays."""
+        return [*self._base("update.log"), "update", "--resources", UPDATE_FILE, container_id]
 
     def pause(self, container_id: str) -> list[str]:
         return [*self._base("pause.log"), "pause", container_id]

@@ -28,6 +28,7 @@ class Copy:
     def prepare(self, directory: Path, layers: Sequence[Path]) -> None:
         root = directory / "fs"
         os.mkdir(root, 0o755)
+        kernel.give_to_root(root)
         for layer in layers:
             _Merge(str(layer), str(root)).run()
 

@@ -50,6 +50,7 @@ class Overlayfs:
         upper = directory / "fs"
         os.mkdir(upper, 0o755)
         os.mkdir(directory / "work", 0o700)
+        kernel.give_to_root(upper)
         if layers:  # the upper directory's attributes are those of the container's /
             status = os.stat(layers[-1])
             if (status.st_uid, status.st_gid) != (0, 0):

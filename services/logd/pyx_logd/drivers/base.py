@@ -14,8 +14,9 @@ from typing import Protocol
 from ..model import Chunk
 from ..window import Mark
 
-Trouble = Callable[[str, OSError], None]
-"""Told when something can't be stored: what was tried, and why it failed. It's for the log of logd; the container goes on."""
+Trouble = Callable[[str, OSError, int], None]
+"""Told when something fails: what was tried, why it failed, and how many bytes of records were lost by it (0: none). The container goes
+on."""
 
 
 @dataclass(slots=True)

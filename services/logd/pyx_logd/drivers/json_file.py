@@ -81,8 +81,8 @@ class JsonFile:
             try:
                 os.ftruncate(self._fd, size)
             except OSError as further:
-                self._trouble(f"cutting {self.path} back", further)
-            self._trouble(f"writing {len(data)} bytes to {self.path}", error)
+                self._trouble(f"cutting {self.path} back", further, 0)
+            self._trouble(f"writing {len(data)} bytes to {self.path}", error, len(data) - (size - self._size))
         self._size = size
 
     def _rotate(self) -> None:
@@ -102,7 +102,7 @@ class JsonFile:
         except OSError as error:
             if fd >= 0:
                 os.close(fd)
-            self._trouble(f"rotating {self.path}", error)
+            self._trouble(f"rotating {self.path}", error, 0)
             return
         os.close(self._fd)
         self._fd, self._file, self._size = fd, os.fstat(fd).st_ino, 0

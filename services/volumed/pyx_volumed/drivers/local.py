@@ -64,10 +64,18 @@ class Local:
             self.delete(volume.name)
             directory.mkdir(mode=0o701)
         (directory / _UNSETTLED).touch(0o600)
-        (directory / "_data").mkdir()
-        (directory / "_data").chmod(0o755)
+        self._make_data(directory)
         _sync(directory)
         _sync(self._volumes)
+
+    @staticmethod
+    def _make_data(directory: Path) -> None:
+        """What the containers see: root's, whoever we are and whatever the umask."""
+        data = directory / "_data"
+        data.mkdir()
+        data.chmod(0o755)
+        if (os.geteuid(), os.getegid()) != (0, 0):
+            os.chown(data, 0, 0)
 
     def settle(self, name: str) -> None:
         (self._volumes / name / _UNSETTLED).unlink(missing_ok=True)
@@ -186,7 +194,9 @@ class Local:
             elif directory.is_dir() and not any(directory.iterdir()):
                 directory.rmdir()  # made so far that not even its mark was; with anything in it, it's somebody else's
         for name in known:  # somebody deleted it by hand: whoever refers to it finds it empty
-            (self._volumes / name / "_data").mkdir(parents=True, exist_ok=True)
+            if not (self._volumes / name / "_data").is_dir():
+                (self._volumes / name).mkdir(mode=0o701, exist_ok=True)
+                self._make_data(self._volumes / name)
         return unknown
 
 
