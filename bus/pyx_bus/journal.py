@@ -57,6 +57,8 @@ MAX_PUBLISHERS = 65_536
 # Descriptors of old segments kept open for readers.
 _OPEN_SEGMENTS = 16
 _READ_AT_LEAST = 4096
+# What a read fails with for a while, though the events are there.
+_SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class Limits(NamedTuple):
@@ -352,7 +354,8 @@ class Journal:
     def read(self, cursor: Cursor, max_bytes: int = 256 << 10) -> list[Record | Hole]:
         """What comes next, at most about ``max_bytes`` (but at least one record), and moves the cursor after it.
 
-        Nothing at the end (``cursor.at_end``), and also when that much was looked through without finding what's wanted.
+        Nothing at the end (``cursor.at_end``), and also when that much was looked through without finding what's wanted, or the process
+        has no descriptor left: to be called again.
         """
         found: list[Record | Hole] = []
         cursor.at_end = False
@@ -388,10 +391,16 @@ class Journal:
         """Take records from one read of a segment. How many bytes were looked through."""
         position = cursor._position
         room = segment.size - position
-        fd = self._readable(segment)
-        data = os.pread(fd, min(room, max(budget, _READ_AT_LEAST)), position)
-        if len(data) >= 4 and len(data) < (size := int.from_bytes(data[:4], "little")) <= room:
-            data = os.pread(fd, size, position)
+        try:
+            data = self._data(segment, position, min(room, max(budget, _READ_AT_LEAST)))
+            if len(data) >= 4 and len(data) < (size := int.from_bytes(data[:4], "little")) <= room:
+                data = self._data(segment, position, size)
+        except OSError as e:
+            if e.errno in _SCARCE:
+                return budget  # nothing is lost: the reader comes again
+            self._damaged(segment, f"can't be read: {e.strerror}", cursor)
+            cursor._position = segment.size
+            return budget
         view = memoryview(data)
         length = len(data)
         at = 0
@@ -427,20 +436,28 @@ class Journal:
             cursor._position = position + at
             return at
         # Not even the first is good: go on after it, if it can be told where that is, else after the segment.
-        if not segment.damaged:
-            segment.damaged = True
-            _log.error("%s is damaged at byte %d: events from offset %d on are lost", segment.path.name, position, cursor.offset)
-        good = next_good(fd, position, segment.size, segment.first_offset)
+        self._damaged(segment, f"is damaged at byte {position}", cursor)
+        try:
+            good = next_good(segment.fd, position, segment.size, segment.first_offset)
+        except OSError:
+            good = None
         cursor._position = segment.size if good is None else good
         return length
 
-    def _readable(self, segment: Segment) -> int:
+    def _data(self, segment: Segment, position: int, size: int) -> bytes:
+        """Some of a segment, which is opened if it isn't. Raises ``OSError``."""
         if segment.fd < 0:
+            while len(self._open) >= _OPEN_SEGMENTS:
+                self._open.popleft().close()
             segment.fd = os.open(segment.path, os.O_RDONLY | os.O_CLOEXEC)
             self._open.append(segment)
-            if len(self._open) > _OPEN_SEGMENTS:
-                self._open.popleft().close()
-        return segment.fd
+        return os.pread(segment.fd, size, position)
+
+    def _damaged(self, segment: Segment, what: str, cursor: Cursor) -> None:
+        """Told of once, however many read it."""
+        if not segment.damaged:
+            segment.damaged = True
+            _log.error("%s %s: events from offset %d on are lost", segment.path.name, what, cursor.offset)
 
     def close(self) -> None:
         """Put everything on the disk, and say that it's all there. Closing it again does nothing."""

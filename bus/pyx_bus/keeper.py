@@ -49,6 +49,7 @@ class Keeper:
         self._work = Event()
         self._hurry = Event()
         self._closing = False
+        self._failing = False
         self._thread: Thread | None = None
         self._lock = Lock()  # of the state
         self._block = RESERVE
@@ -97,7 +98,13 @@ class Keeper:
             try:
                 self._once()
             except (JournalError, OSError) as e:
-                _log.error("can't put the journal of events on the disk: %s", e)
+                if not self._failing:
+                    _log.error("can't put the journal of events on the disk, will try again: %s", e)
+                self._failing = True
+                self.dirty = True
+                self._work.set()
+            else:
+                self._failing = False
 
     def _once(self) -> None:
         """Raises ``JournalError`` or ``OSError``, whatever comes first; the rest is done next time."""

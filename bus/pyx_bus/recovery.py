@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import OrderedDict
 from logging import getLogger
@@ -102,7 +103,13 @@ def _scan(segments: list[Segment], table_offset: int, publishers: OrderedDict[by
         last = index == len(segments) - 1
         if not last and segments[index + 1].first_offset <= table_offset:
             continue
-        scan = scan_segment(segment, table_offset, publishers)
+        try:
+            scan = scan_segment(segment, table_offset, publishers)
+        except OSError as e:
+            if e.errno != errno.EIO:
+                raise
+            _log.error("%s can't be read: %s", segment.path.name, e.strerror)
+            scan = Scan(segment.size, segment.first_offset, segment.first_time_ns, True)
         if last and scan.end < segment.size:
             _log.warning("cut %d bytes off the end of %s", segment.size - scan.end, segment.path.name)
             os.truncate(segment.path, scan.end)

@@ -23,6 +23,7 @@ Offsets in a segment grow; where they leave some out, those are lost. A file who
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections import OrderedDict
@@ -110,8 +111,13 @@ def create_segment(directory: Path, journal_id: bytes, first_offset: int, time_n
 def load_segment(path: Path) -> tuple[bytes, Segment] | None:
     """The journal's identity and the segment, as its head says; None if that can't be trusted. Raises ``JournalError``: another version."""
     with open(path, "rb", buffering=0) as file:
-        head = file.read(HEAD_SIZE)
         size = os.fstat(file.fileno()).st_size
+        try:
+            head = os.pread(file.fileno(), HEAD_SIZE, 0)
+        except OSError as e:
+            if e.errno == errno.EIO:
+                return None
+            raise
     if len(head) < HEAD_SIZE:
         return None
     magic, crc, version, journal_id, first_offset, time_ns = HEAD.unpack(head)

@@ -602,10 +602,11 @@ def test_no_power_cut_makes_it_give_an_offset_twice(counts: list[int], kept: flo
 
 def test_events_are_brought_to_the_disk_within_the_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
-    done = threading.Event()
+    done, failed = threading.Event(), threading.Event()
 
     def fdatasync(fd: int) -> None:
         if failing:
+            failed.set()
             raise OSError(5, "Input/output error")
         synced.append(os.readlink(f"/proc/self/fd/{fd}"))
         if synced[-1].endswith(wanted):
@@ -620,7 +621,11 @@ def test_events_are_brought_to_the_disk_within_the_interval(tmp_path: Path, monk
     assert done.wait(10)
     failing = True
     put(journal)  # a disk that fails now stops nobody
+    assert failed.wait(10)
+    put(journal)
+    done.clear()
     failing = False
+    assert done.wait(10)
     wanted = "publishers.new"
     done.clear()
     while journal.segment_count < 2:
@@ -678,6 +683,56 @@ def test_a_write_that_fails_leaves_nothing_and_the_next_goes_well(tmp_path: Path
         "can't write to the journal of events: file too large; publishers will try again",
         "events can be written to the journal again",
     ]
+    journal.close()
+
+
+@pytest.mark.parametrize("readable", [0, HEAD_SIZE])
+def test_a_disk_that_cannot_be_read_costs_what_is_there(
+    tmp_path: Path, readable: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = Journal(tmp_path, SMALL)
+    for _ in range(80):
+        put(journal, 2)
+    first, second, *_, last = (int(path.stem) for path in segments(tmp_path))
+    bad = tmp_path / segments(tmp_path)[0].name
+    pread = os.pread
+
+    def fails(fd: int, size: int, position: int) -> bytes:
+        if os.readlink(f"/proc/self/fd/{fd}") == str(bad) and position >= good:
+            raise OSError(5, "Input/output error")
+        return pread(fd, size, position)
+
+    good = 0
+    monkeypatch.setattr(os, "pread", fails)
+    for _ in range(2):
+        assert offsets(drain(journal, journal.seek(5))) == [*range(-5, -second, -1), *range(second, 161)]
+    assert caplog.text.count("can't be read: Input/output error: events from offset 5 on are lost") == 1
+    with killed(journal, tmp_path) as copy:
+        bad, good = segments(copy)[-1], readable
+        after = Journal(copy, SMALL)  # the newest: nobody knows what was in it
+        assert bad.with_name(bad.name + ".bad").exists() == (not readable)
+        assert after.next_offset > 160
+        new = put(after)
+        assert offsets(drain(after, after.seek(last - 1))[:1]) == [last - 1]
+        assert offsets(drain(after, after.seek(new))) == [new]
+        after.close()
+    assert first == 1
+    journal.close()
+
+
+def test_a_reader_waits_for_a_descriptor_and_loses_nothing(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, SMALL)
+    for _ in range(80):
+        put(journal, 2)
+    cursor = journal.seek(0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        found = journal.read(cursor)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert found == [] and not cursor.at_end
+    assert offsets(drain(journal, cursor)) == list(range(1, 161))
     journal.close()
 
 
