@@ -495,15 +495,20 @@ async def connect(path: str | None = None, name: str = "client", *, wait: bool =
     With ``wait=False`` the block is entered at once and calls wait for the connection.
     """
     bus = Bus(path or default_path(), name)
+    failure: BaseException | None = None
     async with bus.loop.group() as group:
         group.start_soon(bus.run, group)
         try:
             if wait:
                 await bus.link.wait_up()
             yield bus
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
+            failure = error
         finally:
             bus.link.close()
             group.cancel_scope.cancel()
+    if failure is not None:
+        raise failure  # as it is: that there are tasks of ours beside the block, which make groups of exceptions, is nobody's concern
 
 
 __all__ = ["Bus", "Events", "ReceivedEvent", "Stream", "connect"]

@@ -79,12 +79,27 @@ class ReceivedEvent:
             value = self._payload = decode_payload(self.topic, self.raw)
         return value
 
+    @property
+    def id(self) -> str:
+        """Docker's actor: the container's or image's ID, the network's, volume's or service's name. Whatever the payload's type."""
+        return str(_field(self.payload, "id", ""))
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """Docker's attributes of the actor. Whatever the payload's type."""
+        value = _field(self.payload, "attributes", {})
+        return value if isinstance(value, dict) else {}
+
     def ack(self) -> None:
         """This event and all before it are processed (durable subscriptions with ``auto_ack=False``)."""
         self._subscription.ack(self.offset, self.journal)
 
     def __repr__(self) -> str:
         return f"<event {self.offset} {self.topic} of {self.source}: {self.payload!r}>"
+
+
+def _field(payload: Any, name: str, default: object) -> object:
+    return payload.get(name, default) if isinstance(payload, dict) else getattr(payload, name, default)
 
 
 class Subscription:

@@ -165,16 +165,14 @@ class Events:
         while not self._buffer:
             if self._closed:
                 return None
+            if not self._id and not self._subscribe_again(deadline):
+                return None
             try:
-                if not self._id and not self._subscribe_again(deadline):
-                    return None
                 self._send_ack()
                 if not self._buffer and not self._connection.read(deadline):
                     return None
             except errors.Unavailable:
-                if not self._connection.closed:
-                    raise  # it's us who were away for too long
-                self._id = 0
+                self._id = 0  # the next turn connects again
         message = self._buffer.popleft()
         if message.kind != "heartbeat":
             self._handed_out = message.offset
