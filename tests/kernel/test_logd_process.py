@@ -239,10 +239,10 @@ async def test_a_full_disk_stops_no_container(tmp_path: Path) -> None:
             with trio.fail_after(10):
                 async with bus.events("log.>", since="beginning") as events:
                     async for event in events:
-                        told.append((event.topic, event.payload["id"], event.payload["attributes"]))
+                        told.append((event.topic, event.payload.id, event.payload.attributes))
                         if event.topic == "log.recovered":
-                            assert event.payload["lost_bytes"] > 0
-                            assert told[-1][2]["lostBytes"] == str(event.payload["lost_bytes"])
+                            assert event.payload.lost_bytes > 0
+                            assert told[-1][2]["lostBytes"] == str(event.payload.lost_bytes)
                             break
             common = {"container": ID, "driver": "json-file"}
             assert [one[:2] for one in told] == [("log.trouble", ID), ("log.recovered", ID)]  # once each, however many writes failed

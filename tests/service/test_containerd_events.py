@@ -9,6 +9,7 @@ import struct
 import termios
 from collections.abc import AsyncIterator
 
+import msgspec
 import pytest
 import trio
 from tests.containerd_stack import Stack, serve_containerd, stack, wait_nothing_left
@@ -47,7 +48,7 @@ class Tale:
         """The topics up to and with ``topic``, without the common first word."""
         with trio.fail_after(15):
             async for event in self._events:
-                payload = event.payload if isinstance(event.payload, dict) else {}
+                payload = msgspec.to_builtins(event.payload)
                 self.events.append((event.topic, payload))
                 if event.topic == "container." + topic:
                     break

@@ -491,7 +491,7 @@ async def test_events_tell_the_story(s):
         with trio.fail_after(5):
             async for event in events:
                 topics.append(event.topic)
-                attributes = event.payload["attributes"]
+                attributes = event.payload.attributes
                 assert (attributes["name"], attributes["image"], attributes["k"]) == ("told", "busybox", "v")
                 if event.topic == "container.die":
                     assert attributes["exitCode"] == "3"

@@ -54,8 +54,8 @@ async def test_limits_of_a_running_container_change_and_are_kept(s, tmp_path):
         await update(s, memory_bytes=96 * MIB, nano_cpus=500_000_000, cpu_shares=512, pids_limit=33)
         with trio.fail_after(5):
             event = await anext(aiter(events))
-        assert event.payload["attributes"] == {"image": "busybox", "name": "box"}
-        assert event.payload["resources"]["memory_bytes"] == 96 * MIB
+        assert event.payload.attributes == {"image": "busybox", "name": "box"}
+        assert event.payload.resources.memory_bytes == 96 * MIB
     memory = ("memory.max", "memory.limit_in_bytes")
     assert limit(s, id_, *memory) == str(96 * MIB)
     assert limit(s, id_, "pids.max") == "33"
@@ -106,7 +106,7 @@ async def test_top_shows_the_container_s_processes_alone(s):
                 if len(table.processes) == 3:
                     break
         with trio.fail_after(5):
-            assert (await anext(aiter(events))).payload["attributes"]["name"] == "box"
+            assert (await anext(aiter(events))).payload.attributes["name"] == "box"
     assert table.titles[:3] == ["UID", "PID", "PPID"]
     assert sorted(row[-1] for row in table.processes)[-2:] == ["sleep 1234", "sleep 4321"]
     table = await s.call(c.TOP, c.TopContainer(container="box", ps_args=["-o", "pid,comm"]))

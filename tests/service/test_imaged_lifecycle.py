@@ -139,9 +139,9 @@ async def test_events(tmp_path: Path) -> None:
         seen = []
         with trio.fail_after(5):
             async for event in events:
-                assert event.payload["id"] == image.id
-                assert event.payload["attributes"]["tier"] == "web" and "SECRET" not in repr(event.payload)
-                seen.append((event.topic, event.payload["attributes"]["name"]))
+                assert event.payload.id == image.id
+                assert event.payload.attributes["tier"] == "web" and "SECRET" not in repr(event.payload)
+                seen.append((event.topic, event.payload.attributes["name"]))
                 if event.topic == "image.delete":
                     break
         assert seen == [

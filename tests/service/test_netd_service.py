@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import trio
 
@@ -112,9 +111,9 @@ async def test_attach_and_detach_are_idempotent_and_told(tmp_path: Path) -> None
         seen = []
         with trio.fail_after(5):
             async for event in events:
-                seen.append((event.topic, event.payload["attributes"]))
+                seen.append((event.topic, event.payload.attributes))
                 if event.topic.startswith("network.port."):
-                    assert msgspec.convert(event.payload["ports"], list[netd.PortMapping]) == ports
+                    assert event.payload.ports == ports
                 if len(seen) == 4:
                     break
         attributes = {"name": "bridge", "type": "bridge", "container": "one"}

@@ -108,7 +108,7 @@ async def test_named_volume_lives_until_it_is_removed(tmp_path: Path) -> None:
             with trio.fail_after(5):
                 async for event in events:
                     topics.append(event.topic)
-                    told.append(event.payload["attributes"])
+                    told.append(event.payload.attributes)
                     if event.topic == "volume.destroy":
                         break
         assert topics == [f"volume.{x}" for x in ("create", "mount", "mount", "unmount", "unmount", "destroy")]

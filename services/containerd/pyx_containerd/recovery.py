@@ -207,7 +207,7 @@ async def keep_told(engine: Engine) -> None:
         try:
             async with engine.bus.events(ServiceUp.topic) as events:
                 async for event in events:
-                    name = str(event.payload.get("id", ""))
+                    name = event.id
                     if name in _holders(engine):
                         engine.background(_tell, engine, name)
         except errors.BusError as error:
