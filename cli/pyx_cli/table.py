@@ -124,6 +124,12 @@ COMMANDS = {
         Command("container attach", "run:attach", "CONTAINER",
                 "Attach local standard input, output, and error streams to a running container",
                 (_DETACH_KEYS, Flag("no-stdin", "", "bool", "Do not attach STDIN"), _SIG_PROXY), minimum=1, maximum=1),
+        Command("container cp", "copy:cp", "CONTAINER:SRC_PATH DEST_PATH|- | SRC_PATH|- CONTAINER:DEST_PATH",
+                "Copy files/folders between a container and the local filesystem", (
+            Flag("archive", "a", "bool", "Archive mode (copy all uid/gid information)"),
+            Flag("follow-link", "L", "bool", "Always follow symbol link in SRC_PATH"),
+            Flag("quiet", "q", "bool", "Suppress the report of what was copied"),
+        ), minimum=2, maximum=2),
         Command("container create", "run:create", "IMAGE [COMMAND] [ARG...]", "Create a new container", _CREATE,
                 minimum=1, interspersed=False),
         Command("container exec", "run:exec_", "CONTAINER COMMAND [ARG...]", "Execute a command in a running container", (
@@ -137,6 +143,9 @@ COMMANDS = {
             Flag("user", "u", "string", "User name or UID (format: <name|uid>[:<group|gid>])"),
             Flag("workdir", "w", "string", "Working directory inside the container"),
         ), minimum=2, interspersed=False),
+        Command("container export", "copy:export", "CONTAINER", "Export a container's filesystem as a tar archive", (
+            Flag("output", "o", "string", "Write to a file, instead of STDOUT"),
+        ), minimum=1, maximum=1),
         Command("container inspect", "inspect:containers", "CONTAINER [CONTAINER...]",
                 "Display detailed information on one or more containers",
                 _INSPECT, minimum=1),
@@ -262,8 +271,8 @@ ALIASES = {
 ALIASES.update(
     (name, f"container {name}")
     for name in (
-        "attach", "create", "exec", "kill", "logs", "pause", "port", "rename", "restart", "rm", "run", "start", "stop", "top",
-        "unpause", "update", "wait",
+        "attach", "cp", "create", "exec", "export", "kill", "logs", "pause", "port", "rename", "restart", "rm", "run", "start", "stop",
+        "top", "unpause", "update", "wait",
     )
 )  # fmt: skip
 

@@ -311,6 +311,67 @@ class UpdateContainer(Message, frozen=True, kw_only=True):
     resources: Resources
 
 
+class StatPath(Message, frozen=True, kw_only=True):
+    """What's at a path of a container, running or not. A link at its end is told, not followed, unless "/" or "/." follow.
+
+    Paths begin at the container's root, with or without a slash. Links lead nowhere outside of it. What's seen is the container's root
+    with its volumes and binds, but not what was mounted inside meanwhile (tmpfs, /proc), as with Docker.
+    Errors: not_found (container, path), failed_precondition (it was started or removed meanwhile, being removed).
+    """
+
+    container: str
+    path: str
+
+
+class PathStat(Message, frozen=True, kw_only=True):
+    """``mode`` is st_mode of inode(7), with the type; ``link_target`` of a link."""
+
+    name: str
+    mode: int
+    size_bytes: int = 0
+    mtime_ns: int = 0
+    link_target: str = ""
+
+
+class CopyFrom(Message, frozen=True, kw_only=True):
+    """Write what's at ``path`` as a tar to descriptor 0 of the request (a pipe's write end or a file), then close it. A directory comes
+    with what's below, its entries beginning with its name; with "." if the path ends in "/.". Returns when all is written.
+
+    Errors: as of stat, unavailable (the reader went away). One copy or export of a container goes on at a time.
+    """
+
+    container: str
+    path: str
+
+
+class CopyTo(Message, frozen=True, kw_only=True):
+    """Unpack the tar (plain, gzip, bzip2, xz) that descriptor 0 of the request gives into the directory ``path``.
+
+    What's there is replaced, but never a directory by something else or the other way round. Files become root's, unless ``keep_owner``.
+    Errors: as of stat, invalid_argument (no directory, no tar, such a replacement), failed_precondition (read-only), resource_exhausted.
+    What was unpacked before an error stays.
+    """
+
+    container: str
+    path: str
+    keep_owner: bool = False
+
+
+class CopiedTo(Message, frozen=True, kw_only=True):
+    """``size_bytes`` of the files unpacked."""
+
+    size_bytes: int = 0
+
+
+class ExportContainer(Message, frozen=True, kw_only=True):
+    """Write a container's root file system, without volumes and binds, as a tar to descriptor 0 of the request, then close it.
+
+    Errors: as of copy_from.
+    """
+
+    container: str
+
+
 class TopContainer(Message, frozen=True, kw_only=True):
     """The processes of a running container, as the host's ps shows them with ``ps_args`` (none: -ef, as Docker).
 
@@ -370,6 +431,10 @@ ATTACH = Method("containerd.attach", AttachContainer, ExitStatus, item=RunProgre
 DETACH = Method("containerd.detach", DetachClient, Empty)
 RESIZE = Method("containerd.resize", ResizeContainer, Empty, idempotent=True)
 UPDATE = Method("containerd.update", UpdateContainer, Empty)
+STAT = Method("containerd.stat", StatPath, PathStat, idempotent=True)
+COPY_FROM = Method("containerd.copy_from", CopyFrom, Empty)
+COPY_TO = Method("containerd.copy_to", CopyTo, CopiedTo)
+EXPORT = Method("containerd.export", ExportContainer, Empty)
 TOP = Method("containerd.top", TopContainer, ProcessTable, idempotent=True, read_only=True)
 INFO = Method("containerd.info", Empty, SystemInfo, idempotent=True, read_only=True)
 
@@ -469,6 +534,18 @@ class ContainerUpdated(ContainerEvent, frozen=True, kw_only=True):
     resources: Resources = Resources()
 
 
+class ContainerCopied(ContainerEvent, frozen=True, kw_only=True):
+    """A copy is done. Attributes also: path (in the container), direction ("from" it or "to" it)."""
+
+    topic: ClassVar[str] = "container.copy"
+
+
+class ContainerExported(ContainerEvent, frozen=True, kw_only=True):
+    """An export is done."""
+
+    topic: ClassVar[str] = "container.export"
+
+
 class ContainerTopped(ContainerEvent, frozen=True, kw_only=True):
     """Somebody asked for its processes."""
 
@@ -513,7 +590,7 @@ class ExecDied(ExecEvent, frozen=True, kw_only=True):
 
 METHODS = (
     CREATE, RUN, START, STOP, RESTART, KILL, PAUSE, UNPAUSE, WAIT, REMOVE, RENAME, LIST, INSPECT, EXEC, ATTACH, DETACH, RESIZE,
-    UPDATE, TOP, INFO,
+    UPDATE, STAT, COPY_FROM, COPY_TO, EXPORT, TOP, INFO,
 )  # fmt: skip
 EVENTS = (
     ContainerCreated,
@@ -530,6 +607,8 @@ EVENTS = (
     ContainerAttached,
     ContainerDetached,
     ContainerUpdated,
+    ContainerCopied,
+    ContainerExported,
     ContainerTopped,
     ContainerDestroyed,
     ExecCreated,

@@ -13,7 +13,7 @@ from pyx_bus.contract.base import Empty
 from pyx_bus.contract.imaged import Document
 from pyx_bus.service import Call, Context, Service
 
-from . import document, execute, host, kernel, listing, probe, recovery, service, start
+from . import copy, document, execute, host, kernel, listing, probe, recovery, service, start
 from . import update as update_
 from .drivers.runtime import Runtime
 from .engine import Engine, Live
@@ -197,6 +197,26 @@ def methods(engine: Engine) -> Service:
         await update_.update(engine, engine.find(request.container), request.resources)
         return Empty()
 
+    @bus.method(contract.STAT)
+    async def stat(call: Call, request: contract.StatPath) -> contract.PathStat:
+        return await copy.stat(engine, engine.find(request.container), request.path)
+
+    @bus.method(contract.COPY_FROM)
+    async def copy_from(call: Call, request: contract.CopyFrom) -> Empty:
+        await copy.copy_from(engine, engine.find(request.container), request.path, one_descriptor(call))
+        return Empty()
+
+    @bus.method(contract.COPY_TO)
+    async def copy_to(call: Call, request: contract.CopyTo) -> contract.CopiedTo:
+        live = engine.find(request.container)
+        size = await copy.copy_to(engine, live, request.path, one_descriptor(call), keep_owner=request.keep_owner)
+        return contract.CopiedTo(size_bytes=size)
+
+    @bus.method(contract.EXPORT)
+    async def export(call: Call, request: contract.ExportContainer) -> Empty:
+        await copy.export(engine, engine.find(request.container), one_descriptor(call))
+        return Empty()
+
     @bus.method(contract.TOP)
     async def top(call: Call, request: contract.TopContainer) -> contract.ProcessTable:
         return await service.top(engine, engine.find(request.container), request.ps_args)
@@ -208,6 +228,13 @@ def methods(engine: Engine) -> Service:
         return host.info(engine)
 
     return bus
+
+
+def one_descriptor(call: Call) -> int:
+    """Stays the call's, which closes it at the end."""
+    if len(call.fds) != 1:
+        raise errors.InvalidArgument(f"one descriptor is needed, for the archive, not {len(call.fds)}")
+    return call.fds[0]
 
 
 def call_fds_done(call: Call) -> None:

@@ -22,7 +22,7 @@ from pyx_bus.contract import containerd as contract
 from pyx_bus.contract import imaged, logd, netd, volumed
 
 from . import bundle as bundles
-from . import cgroups, execute, kernel
+from . import cgroups, copy, execute, kernel
 from .drivers.runtime import Runtime
 from .engine import SERVICE_TIMEOUT_S, Engine, Live
 from .errors import KernelError
@@ -68,6 +68,7 @@ async def ended(engine: Engine, live: Live, exit_: Exit) -> None:
             await trio.lowlevel.checkpoint()  # they're on their way while the kernel takes its millisecond for the unmount
             unmount(engine, live)
             if removing:
+                await copy.end_copies(live)
                 nursery.start_soon(_release, engine, live, removal_steps(engine, live, volumes=True))
     unmount(engine, live)
     if removing:

@@ -62,6 +62,7 @@ class Live:
     - ``removed``: its row is gone
     - ``hurry``: stop waiting for a slow reader of the last run's output
     - ``restarting``: its exit is the first half of a restart, and not its end
+    - ``copying``: held by the one copy in or out that's going on, ``copies`` are those going on or waiting
     - ``leaving``: it has ended and removes itself
     """
 
@@ -77,6 +78,8 @@ class Live:
     mounted: bool = False
     restarting: bool = False
     leaving: bool = False
+    copying: trio.Lock = field(default_factory=trio.Lock)
+    copies: dict[trio.CancelScope, trio.Event] = field(default_factory=dict)
     oom_kills: int = 0  # of this run, as told so far
     logged: trio.Event = field(default_factory=trio.Event)
     executions: dict[str, Execution] = field(default_factory=dict)

@@ -21,6 +21,7 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
 MS_NOATIME, MS_BIND, MS_REC, MS_PRIVATE, MS_RELATIME = 1024, 4096, 16384, 1 << 18, 1 << 21
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 _SYS_OPENAT2 = 437
+_CLONE_NEWNS = 0x00020000
 _RESOLVE_NO_MAGICLINKS, _RESOLVE_IN_ROOT = 0x02, 0x10
 _FLAGS = {
     "ro": MS_RDONLY,
@@ -66,6 +67,18 @@ def mount(type_: str, source: str, target: str, options: list[str]) -> None:
             number = ctypes.get_errno()
             unmount(target)
             raise KernelError(number, "remount", target)
+
+
+def own_mounts() -> None:
+    """Give this process a mount namespace of its own, from which nothing gets back to the one it had."""
+    _check(_libc.unshare(_CLONE_NEWNS), "unshare", "mount namespace")
+    _check(_libc.mount(b"none", b"/", None, ctypes.c_ulong(MS_REC | MS_PRIVATE), None), "mount", "/")
+
+
+def remount_read_only(target: str) -> None:
+    """The mount whose root ``target`` is, as far as it's seen from there."""
+    flags = ctypes.c_ulong(MS_REMOUNT | MS_BIND | MS_RDONLY)
+    _check(_libc.mount(None, os.fsencode(target), None, flags, None), "remount", target)
 
 
 def unmount(target: str) -> None:

@@ -15,7 +15,7 @@ from pyx_bus.contract import containerd as contract
 from pyx_bus.contract import imaged, logd, netd, volumed
 
 from . import bundle as bundles
-from . import end, kernel, names, plan, processes, start
+from . import copy, end, kernel, names, plan, processes, start
 from .drivers.runtime import parse_failure
 from .engine import SERVICE_TIMEOUT_S, Engine, Live, Progress
 from .errors import KernelError, is_paused, name_taken, no_such_container, not_running, start_failed
@@ -383,6 +383,7 @@ async def remove(engine: Engine, live: Live, *, force: bool, volumes: bool) -> N
 async def _remove(engine: Engine, live: Live, *, volumes: bool) -> None:
     with trio.CancelScope(shield=True):
         engine.change(live, Change.REMOVE)
+        await copy.end_copies(live)
         end.unmount(engine, live)
         await engine.store.delete(live.id)
         async with trio.open_nursery() as nursery:

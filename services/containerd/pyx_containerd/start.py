@@ -26,7 +26,7 @@ from pyx_bus.contract import logd, netd, volumed
 from pyx_bus.contract.base import Method, Req, Res
 
 from . import bundle as bundles
-from . import end, kernel, oci, plan, shim
+from . import copy, end, kernel, oci, plan, shim
 from .drivers.runtime import LOG_FILE, PID_FILE, Runtime, parse_failure
 from .engine import SERVICE_TIMEOUT_S, Engine, Live
 from .errors import KernelError, is_paused, not_running, start_failed
@@ -74,6 +74,7 @@ async def start(engine: Engine, live: Live, attach: contract.AttachOptions, clie
             raise errors.NotFound(f'no such container: "{live.record.name}"')
         if live.record.state is State.REMOVING:
             raise errors.FailedPrecondition(f'container "{live.record.name}" is being removed')
+        await copy.end_copies(live)
         with trio.CancelScope(shield=True, deadline=trio.current_time() + START_TIMEOUT_S):
             return await _start(engine, live, attach, clients)
         raise start_failed(live.record.name, f"it took longer than {START_TIMEOUT_S:g} s", 125)
