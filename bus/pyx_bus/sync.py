@@ -59,7 +59,7 @@ class Connection:
         self.path = path or default_path()
         self._name = name
         self._inbox: list[Incoming] = []
-        self._events: dict[int, Events] = {}
+        self._events: dict[int, Events | None] = {}  # who gets what a subscription brings; None: the inbox
         self.connect(timeout_s)
 
     def connect(self, timeout_s: float = 5.0) -> None:
@@ -74,8 +74,9 @@ class Connection:
             ) from error
         self._transport = Transport(sock)
         self._session = Session()
-        for events in list(self._events.values()):
-            events.lost()
+        for events in self._events.values():
+            if events is not None:
+                events.lost()
         self._events.clear()
         try:
             self._write(hello(self._name))
@@ -196,8 +197,7 @@ class Connection:
     def ask_to_subscribe(self, body: bytes, events: Events | None) -> tuple[int, dict[str, object]]:
         """(the subscription's ID, the answer). What it brings goes to ``events`` if given."""
         serial, subscription, data = self._session.subscribe(body)
-        if events is not None:
-            self._events[subscription] = events
+        self._events[subscription] = events
         try:
             self._write(data)
             return subscription, self._wait(serial, None)[0]
@@ -289,7 +289,9 @@ class Connection:
             if credit is not None:
                 self._write(credit)
         elif first.kind in ("event", "gap", "heartbeat"):
-            events = self._events.get(first.serial)
+            if first.serial not in self._events:
+                return  # unsubscribed meanwhile
+            events = self._events[first.serial]
             if events is not None:
                 events.push(messages, len(frame.body))
                 return
