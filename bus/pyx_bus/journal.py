@@ -166,7 +166,7 @@ class Journal:
             self._active.fd = os.open(self._active.path, os.O_RDWR | os.O_CLOEXEC)
         self._keeper = Keeper(self._directory, self._state_file, state, self.limits.sync_interval_s, self._progress)
         self._enforce(self._now_ns(), self.limits.segment_bytes)
-        self._keeper.unlink()
+        self._keeper.settle(self._publishers)
 
     def _progress(self) -> tuple[int, int, Segment | None]:
         return self.next_offset, self.last_time_ns, self._active
@@ -264,12 +264,12 @@ class Journal:
 
     def _make_room(self) -> bool:
         """Give up the oldest segment, if that isn't the one that's written."""
-        if self._keeper.unlink():
+        if self._keeper.unlink(self._keeper.doomed):
             return True
         if not self._segments or self._segments[0] is self._active:
             return False
         _log.warning("the disk is full: the journal gives up its oldest events, %s", self._segments[0].path.name)
-        return self._remove(self._segments[0]) and self._keeper.unlink()
+        return self._remove(self._segments[0]) and self._keeper.unlink(1)
 
     def _roll(self, time_ns: int, size: int) -> Segment:
         """Begin a new segment, with room for a record of ``size`` bytes. Raises ``JournalError``."""

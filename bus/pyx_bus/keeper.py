@@ -75,6 +75,11 @@ class Keeper:
         """Remove a file, soon."""
         self._doomed.append(path)
 
+    @property
+    def doomed(self) -> int:
+        """How many files wait to be removed."""
+        return len(self._doomed)
+
     def hurry(self) -> None:
         """Do now what's to be done."""
         if not self._hurry.is_set():
@@ -112,7 +117,17 @@ class Keeper:
         next_offset, _, active = self._progress()
         if next_offset >= self.low:
             self.extend(next_offset)
-        self.unlink()
+        # What's only in a segment that goes must be in the table before: of each that's doomed now, a table was made when it was sealed.
+        doomed = len(self._doomed)
+        table, self._table = self._table, None
+        try:
+            if table is not None:
+                write_table(self._directory / "publishers", self._id, *table)
+        except OSError:
+            self._table = self._table or table
+            raise
+        finally:  # if there's no room for it, this makes some
+            self.unlink(doomed)
         directory = bool(self._sealed)
         while self._sealed:
             synchronise(self._sealed.popleft())
@@ -122,23 +137,29 @@ class Keeper:
         if directory:
             synchronise(self._directory)
             self._listed = active.first_offset if active is not None else 0
-        table, self._table = self._table, None
-        if table is not None:
-            write_table(self._directory / "publishers", self._id, *table)
 
-    def unlink(self) -> bool:
-        """Remove what's doomed, at once. Whether there was anything."""
+    def settle(self, table: Table) -> None:
+        """Write the table and remove what's doomed, at once."""
+        try:
+            write_table(self._directory / "publishers", self._id, self._progress()[0], table)
+        except OSError as e:
+            _log.error("can't write the journal's table of publishers: %s", e)
+        self.unlink(len(self._doomed))
+
+    def unlink(self, count: int) -> bool:
+        """Remove the first ``count`` of what's doomed, at once. Whether there was anything."""
         any_there = False
-        while True:
+        for _ in range(count):
             try:
                 path = self._doomed.popleft()
-            except IndexError:
-                return any_there
+            except IndexError:  # the other thread was quicker
+                break
             try:
                 path.unlink(missing_ok=True)
                 any_there = True
             except OSError as e:
                 _log.error("can't remove an old segment of the journal of events: %s", e)
+        return any_there
 
     # The state
 
