@@ -111,10 +111,15 @@ def subscribe_body(
     durable: str = "",
     heartbeat_s: float | None = None,
 ) -> bytes:
-    """SUBSCRIBE's body. ``since``: an offset, "beginning", a ``datetime``, None for now. Raises ``InvalidArgument``."""
+    """SUBSCRIBE's body. ``since``: an offset, "beginning", a ``datetime``, "@" and a wall clock time in ns, None for now.
+
+    Raises ``InvalidArgument``.
+    """
     body: dict[str, object] = {"patterns": list(patterns)}
     if since is None or since == "beginning" or (isinstance(since, int) and not isinstance(since, bool) and since >= 0):
         body["since"] = since
+    elif isinstance(since, str) and since[:1] == "@" and since[1:].isdecimal():
+        body["since_ns"] = int(since[1:])
     elif not isinstance(since, int | str) and hasattr(since, "timestamp"):  # the command line doesn't import datetime
         body["since_ns"] = round(since.timestamp() * 1_000_000) * 1000
     else:
