@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyx_bus import journal as journal_module
-from pyx_bus import keeper
+from pyx_bus import keeper, recovery, segment
 from pyx_bus.journal import Cursor, Hole, Journal, JournalError, Limits, Record
 from pyx_bus.segment import HEAD_SIZE, RECORD_SIZE
 from pyx_bus.wire import PUBLISH, encode
@@ -309,11 +310,9 @@ def test_publishers_are_known_without_reading_every_segment(tmp_path: Path, monk
     journal.close()
     scanned: list[str] = []
 
-    def record(segment: object, *args: object) -> object:
-        scanned.append(segment.path.name)  # type: ignore[attr-defined]
-        return scan(segment, *args)  # type: ignore[arg-type]
-
-    from pyx_bus import recovery
+    def record(found: segment.Segment, since: int, table: OrderedDict[bytes, tuple[int, int]]) -> segment.Scan:
+        scanned.append(found.path.name)
+        return scan(found, since, table)
 
     scan = recovery.scan_segment
     monkeypatch.setattr(recovery, "scan_segment", record)
@@ -326,6 +325,35 @@ def test_publishers_are_known_without_reading_every_segment(tmp_path: Path, monk
         assert [after.published(b"p%d" % number) for number in range(7)] == expected
         after.close()
     journal.close()
+
+
+def test_when_a_file_goes_others_say_what_only_it_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill may come right after: the table must have its publishers then, and something must say how far offsets had got."""
+    unlink = Path.unlink
+    gone: list[int] = []
+    missing: list[object] = []
+
+    def check(path: Path, missing_ok: bool = False) -> None:
+        unlink(path, missing_ok)
+        if path.suffix != ".seg":
+            return
+        first = int(path.stem)
+        gone.append(first)
+        offset, table = segment.read_table(tmp_path / "publishers", journal.id.encode())
+        missing.extend(number for number in range(first, offset) if table.get(b"%d" % (number % 500), (0, 0))[0] < number)
+        state = journal._state_file.read()
+        known = max([0 if state is None else state.next_offset, *(int(other.stem) for other in segments(tmp_path))])
+        if not first < offset <= known:
+            missing.append((first, offset, known))
+
+    journal = Journal(tmp_path, SMALL)  # of which nothing is kept that isn't being written: its times are too old
+    monkeypatch.setattr(Path, "unlink", check)
+    for number in range(1, 2000):
+        put(journal, 1, 0, publisher=b"%d" % (number % 500))
+        journal.expire(time.time_ns() if number % 50 == 0 else 0)
+    journal.close()
+    assert len(gone) > 20
+    assert not missing
 
 
 def test_the_table_of_publishers_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -522,8 +550,6 @@ def test_the_file_of_another_journal_is_never_read(tmp_path: Path) -> None:
 
 
 def test_another_version_is_refused_and_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pyx_bus import segment
-
     with monkeypatch.context() as patch:
         patch.setattr(segment, "VERSION", 7)
         journal = Journal(tmp_path)
