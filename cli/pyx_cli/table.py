@@ -245,9 +245,15 @@ COMMANDS = {
         ), maximum=0),
         Command("system events", "events:events", "", "Get real time events from the services", (
             _FILTER, _FORMAT,
-            Flag("since", "", "string", "Show all events created since timestamp"),
+            Flag("since", "", "string", "Show all events created since timestamp, offset:NUMBER or beginning"),
             Flag("until", "", "string", "Stream events until this timestamp"),
+            Flag("json", "", "bool", "Everything about each event, and about lost ones, as a line of JSON"),
+            Flag("durable", "", "string", "Go on where the last command with this name stopped"),
         ), maximum=0),
+        Command("system bus", "bus:bus", "", "Display how the bus fares: calls, events, the journal, durable subscriptions", (
+            Flag("format", "f", "string", "Format output using a Go template, or json"),
+        ), maximum=0),
+        Command("system forget", "bus:forget", "NAME [NAME...]", "Remove durable subscriptions", (), minimum=1),
         Command("system info", "system:info", "", "Display system-wide information", (
             Flag("format", "f", "string", "Format output using a Go template, or json"),
         ), maximum=0),

@@ -10,12 +10,16 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.images import run_quiet
 
 from .image import image
 from .payload import payload
 
+DATA_BYTES = 1 << 30  # sparse
 MEMORY_MB = 2048
 CPUS = 2
 
@@ -33,16 +37,35 @@ class Outcome:
     shutdown_s: float
 
 
-def run(directory: Path, files: list[Path], *, timeout_s: float) -> Outcome:
+def data_disk(path: Path) -> Path:
+    """An empty file system with a journal, as people have, for what must outlive a machine."""
+    with open(path, "wb") as file:
+        file.truncate(DATA_BYTES)
+    run_quiet("mkfs.ext4", "-q", "-F", path)
+    return path
+
+
+def run(
+    directory: Path,
+    files: list[Path],
+    *,
+    data: Path,
+    phase: str = "",
+    timeout_s: float,
+    power_off_when: Callable[[Path], bool] | None = None,
+) -> Outcome:
     """Start a machine with ``files`` in a directory it shares with us, where it executes ``run``; wait for its end.
 
     In the machine that directory is /host, and /opt/pyx is what ``payload.py`` made. Whatever is written to /host is in ``share``
-    afterwards. After ``timeout_s`` the machine is killed.
+    afterwards. ``data`` is its disk /dev/vdc; everything else is new each time. ``phase`` is in /host/phase. After ``timeout_s`` the
+    machine is killed; or as soon as ``power_off_when``, given the shared directory, says so: what the machine had in its memory only is
+    lost then, as when the power goes.
     """
     share = directory / "share"
     share.mkdir(parents=True)
     for path in files:
         shutil.copy(path, share / path.name)
+    (share / "phase").write_text(phase)
     made = image()
     pyx = payload(directory / "pyx.ext4")
     console = directory / "console"
@@ -54,6 +77,7 @@ def run(directory: Path, files: list[Path], *, timeout_s: float) -> Outcome:
         "-append", "console=ttyS0 quiet panic=-1 mitigations=off systemd.show_status=0",
         "-drive", f"id=root,file={made.disk},format=raw,if=none,snapshot=on,cache=unsafe", "-device", "virtio-blk-pci,drive=root",
         "-drive", f"id=pyx,file={pyx},format=raw,if=none,readonly=on", "-device", "virtio-blk-pci,drive=pyx",
+        "-drive", f"id=data,file={data},format=raw,if=none,cache=writeback", "-device", "virtio-blk-pci,drive=data",
         "-device", "virtio-rng-pci",
         "-fsdev", f"local,id=host,path={share},security_model=none", "-device", "virtio-9p-pci,fsdev=host,mount_tag=host",
     ]  # fmt: skip
@@ -61,9 +85,10 @@ def run(directory: Path, files: list[Path], *, timeout_s: float) -> Outcome:
     with open(console, "wb") as out:
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
         try:
-            process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            pass
+            while process.poll() is None and time.monotonic() < began + timeout_s:
+                if power_off_when is not None and power_off_when(share):
+                    break
+                time.sleep(0.05)
         finally:
             process.kill()
             process.wait()

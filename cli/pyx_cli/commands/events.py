@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import time
 
+from pyx_bus.filters import FIELDS, action_of
+
 from ..client import connect, mapping, text
 from ..grammar import CliError, Options
 from ..output import renderer, unescape
@@ -16,18 +18,19 @@ if TYPE_CHECKING:
 
     from pyx_bus.session import Incoming
 
-_PATTERNS = ["container.>", "image.>", "network.>", "volume.>", "log.>", "service.>"]
+_PATTERNS = (">",)
 _RECONNECT_S = 30.0  # a restart of the broker takes a fraction of a second; a stack that was stopped doesn't come back
-_QUIET_S = 0.25  # with --until in the past: this long without a further kept event means there is none
+_BEAT_S = 0.1  # with --until: how soon the broker says that there's nothing more
 
 
 def document(topic: str, time_ns: int, payload: dict[str, object]) -> dict[str, object]:
     """Docker's JSON of an event (Engine API, SystemEventsResponse)."""
-    kind, *words = topic.split(".")
-    action = "_".join(words)  # "container.exec.start" is Docker's "exec_start"
+    kind, action = topic.partition(".")[0], action_of(topic)
     attributes = {str(key): str(value) for key, value in mapping(payload, "attributes").items()}
     if action.startswith("exec_") and attributes.get("command"):
         action = f"{action}: {attributes.pop('command')}"
+    elif action == "health_status" and attributes.get(action):
+        action = f"{action}: {attributes.pop(action)}"
     identity = text(payload, "id")
     found: dict[str, object] = {}
     if kind in ("container", "image"):
@@ -59,39 +62,19 @@ def line(event: dict[str, object]) -> str:
     return f"{stamp} {event['Type']} {event['Action']} {actor.get('ID', '')}" + (f" ({inside})" if inside else "")
 
 
-def matches(event: dict[str, object], wanted: dict[str, list[str]]) -> bool:
-    """Docker's filters: values of one key are alternatives, keys all have to hold."""
-    actor = mapping(event, "Actor")
-    attributes = mapping(actor, "Attributes")
-    kind, action, identity = str(event["Type"]), str(event["Action"]), str(actor.get("ID", ""))
-    for key, values in wanted.items():
-        if key == "type":
-            ok = kind in values
-        elif key in ("event", "action"):
-            ok = any(action == value or action.startswith(value + ":") for value in values)
-        elif key == "label":
-            ok = all(_label(attributes, value) for value in values)
-        elif key in ("container", "network", "volume", "image", "service"):
-            names = [identity, str(attributes.get("name", ""))]
-            if key == "image" and kind == "container":
-                names = [str(attributes.get("image", ""))]
-            elif kind != key and not (key == "container" and attributes.get("container")):
-                return False
-            elif kind != key:
-                names = [str(attributes["container"])]
-            ok = any(value in names or (len(value) >= 4 and identity.startswith(value)) for value in values)
-        elif key == "scope":
-            ok = "local" in values
+def wanted(options: Options) -> dict[str, list[str]] | None:
+    """The filters as the broker takes them; None if nothing can pass. Raises ``CliError``."""
+    found: dict[str, list[str]] = {}
+    for key, values in filters(options.list("filter")).items():
+        field = "event" + key[6:] if key in ("action", "action!") else key
+        if field in ("scope", "scope!"):
+            if ("local" in values) == field.endswith("!"):
+                return None
+        elif field.removesuffix("!") in FIELDS:
+            found.setdefault(field, []).extend(values)
         else:
-            raise CliError(f"invalid filter '{key}'")
-        if not ok:
-            return False
-    return True
-
-
-def _label(attributes: dict[str, object], wanted: str) -> bool:
-    key, equals, value = wanted.partition("=")
-    return key in attributes and (not equals or attributes[key] == value)
+            raise CliError(f"invalid filter '{key}'", 1, f"known: {', '.join(FIELDS)}; with != what isn't wanted")
+    return found
 
 
 def _writer(options: Options) -> Callable[[dict[str, object]], str]:
@@ -109,83 +92,91 @@ def _writer(options: Options) -> Callable[[dict[str, object]], str]:
     return lambda event: render({**empty, **event, **{names.get(key, key): value for key, value in event.items()}})
 
 
+def _record(message: Incoming, journal: str) -> str:
+    """For programs: all there is, as one line of JSON. A gap is one, too."""
+    from json import dumps
+
+    body = message.body
+    record = {
+        "journal": journal,
+        "offset": message.offset,
+        "topic": message.topic,
+        "source": message.source,
+        "time_ns": message.time_ns,
+        "payload": body["payload"] if message.kind == "event" else body,
+    }
+    return dumps(record, ensure_ascii=False, separators=(",", ":"), default=str)
+
+
+def _since(options: Options, since_ns: int, replay: bool) -> int | str | None:
+    """Where to begin: an offset, a time, the beginning, or now."""
+    given = options.text("since")
+    if given == "beginning":
+        return given
+    if given.startswith("offset:"):
+        if not given[7:].isdecimal():
+            raise CliError(f'invalid argument "{given}" for "--since": an offset is a number')
+        return int(given[7:])
+    if given:
+        return f"@{since_ns}"
+    # Without a beginning only what comes from now on is wanted, unless the end is in the past.
+    return "beginning" if replay else None
+
+
 def events(options: Options) -> int:
     now_ns = time.time_ns()
-    wanted = filters(options.list("filter"))
-    since_ns = timestamp_ns(options.text("since"), "--since", now_ns) if options.given("since") else 0
+    chosen = wanted(options)
+    given = options.text("since")
+    by_time = given and given != "beginning" and not given.startswith("offset:")
+    since_ns = timestamp_ns(given, "--since", now_ns) if by_time else 0
     until_ns = timestamp_ns(options.text("until"), "--until", now_ns) if options.given("until") else 0
+    if options.flag("json") and options.text("format"):
+        raise CliError("--json and --format exclude each other")
+    since = _since(options, since_ns, bool(until_ns and until_ns <= now_ns))
+    if chosen is None:
+        return 0
+    connection = connect(options)
+    stream = connection.events(
+        *_PATTERNS,
+        since=since,
+        filters=chosen,
+        durable=options.text("durable"),
+        heartbeat_s=_BEAT_S if until_ns else None,
+        auto_ack=False,  # only what has been written is done
+        retry_for_s=_RECONNECT_S,
+    )
     write = _writer(options)
-    # A time in the past is found in what the journal keeps; without one only what comes from now on is wanted.
-    replay = bool(options.given("since") or (until_ns and until_ns <= now_ns))
-    journal = _Journal(options, "beginning" if replay else None)
-    while True:
-        timeout_s = None
-        if until_ns:
-            timeout_s = max((until_ns - time.time_ns()) / 1e9, _QUIET_S)
-        message = journal.receive(timeout_s)
-        if message is None:
-            return 0
-        if message.kind == "gap":
-            sys.stderr.write("pyx: some events were lost: this command didn't keep up, or they're no longer kept\n")
-            continue
-        if message.kind != "event":
-            continue
-        payload = mapping(message.body, "payload")
-        stamp = payload.get("time_ns") or message.body.get("time_ns") or 0
-        time_ns = stamp if isinstance(stamp, int) else 0
-        if time_ns < since_ns:
-            continue
-        if until_ns and time_ns > until_ns:
-            if time_ns > now_ns or not replay:
+    as_records = options.flag("json")
+    with stream:
+        while True:
+            message = stream.receive()
+            if message is None or (message.kind == "heartbeat" and time.time_ns() >= until_ns):
                 return 0
-            continue
-        event = document(message.topic, time_ns, payload)
-        if matches(event, wanted):
-            sys.stdout.write(write(event) + "\n")
-            if not journal.pending():
-                sys.stdout.flush()
-
-
-class _Journal:
-    """A subscription that outlives the broker: it goes on at the next offset, or with everything a new journal has."""
-
-    def __init__(self, options: Options, since: int | str | None) -> None:
-        self._options = options
-        self._connection = connect(options)
-        self._connection.subscribe(_PATTERNS, since)
-        self._bus_id = self._connection.bus_id
-        self._next = since
-
-    def pending(self) -> bool:
-        return self._connection.pending()
-
-    def receive(self, timeout_s: float | None) -> Incoming | None:
-        from pyx_bus.errors import Unavailable
-
-        while True:
-            try:
-                message = self._connection.receive(timeout_s)
-            except Unavailable:
-                sys.stdout.flush()
-                self._reconnect()
+            if message.kind == "heartbeat":
                 continue
-            if message is not None and message.kind in ("event", "gap"):
-                self._next = message.offset + 1
-            return message
+            if message.kind == "event":
+                payload = mapping(message.body, "payload")
+                stamp = payload.get("time_ns") or message.time_ns
+                time_ns = stamp if isinstance(stamp, int) else message.time_ns
+                if until_ns and message.time_ns > until_ns and time_ns > until_ns:
+                    return 0
+                if since_ns <= time_ns and not (until_ns and time_ns > until_ns):
+                    if as_records:
+                        sys.stdout.write(_record(message, connection.bus_id) + "\n")
+                    else:
+                        sys.stdout.write(write(document(message.topic, time_ns, payload)) + "\n")
+            elif as_records:
+                sys.stdout.write(_record(message, connection.bus_id) + "\n")
+            else:
+                sys.stdout.flush()
+                sys.stderr.write(_gap(message))
+            if not stream.pending():
+                sys.stdout.flush()
+                stream.ack(message.offset)
 
-    def _reconnect(self) -> None:
-        """Raises CliError if the broker stays away for longer than a restart takes."""
-        from pyx_bus.errors import Unavailable
 
-        give_up = time.monotonic() + _RECONNECT_S
-        while True:
-            try:
-                self._connection = connect(self._options)
-                if self._connection.bus_id != self._bus_id:  # offsets of another journal mean nothing here
-                    self._bus_id, self._next = self._connection.bus_id, "beginning"
-                self._connection.subscribe(_PATTERNS, self._next)
-                return
-            except (CliError, Unavailable):
-                if time.monotonic() > give_up:
-                    raise
-                time.sleep(0.05)  # between two looks at whether the broker listens again
+def _gap(message: Incoming) -> str:
+    body = message.body
+    if body.get("journal"):
+        return "pyx: the broker has begun a new journal: what was published meanwhile may be lost\n"
+    return f"pyx: up to {body['lost']} events were lost, offsets {body['first_offset']} to {body['last_offset']}: they're no longer kept\n"

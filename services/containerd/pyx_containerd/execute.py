@@ -156,6 +156,7 @@ def check_command(root: int, command: str, env: list[str], directory: str) -> tu
 
 async def _ended(engine: Engine, live: Live, execution: Execution) -> None:
     await execution.ended.wait()
+    await trio.lowlevel.checkpoint()  # who sent the signal that ended it tells that first
     over(engine, live, execution)
 
 

@@ -1,7 +1,10 @@
-"""What is checked on the real host, in this order; runs there, with nothing but the standard library, as root.
+"""What is checked on the real host, in this order; runs there as root, with the standard library and, to ask the broker, pyx's own client.
 
 Every ``check_*`` function is one test of ``test_host.py``. They share the machine, and each leaves it as it found it: the last ones see
-that nothing is left. Deadlines are long: emulated, everything takes about ten times its time.
+that nothing is left. ``reboot_check_*`` run in a second machine with the same disk, after an orderly shutdown of the first, and
+``outage_check_*`` in a third after the second lost its power. Deadlines are long: emulated, everything takes about ten times its time.
+
+All that a machine leaves to the next is the disk at /var/lib/pyx.
 """
 
 from __future__ import annotations
@@ -10,11 +13,14 @@ import grp
 import json
 import os
 import pty
+import pwd
 import select
 import shutil
 import stat
 import subprocess
 import sys
+import tarfile
+import threading
 import time
 import traceback
 import urllib.request
@@ -27,6 +33,17 @@ HOME = Path("/opt/pyx")
 UNITS = Path("/etc/systemd/system")
 CGROUPS = Path("/sys/fs/cgroup")
 SERVICES = ("busd", "imaged", "netd", "volumed", "logd", "containerd")
+# What of root's power each has; containerd has all of it. The numbers are capabilities(7)'s, as in /proc/PID/status.
+USERS = {"busd": "pyx-bus", "imaged": "pyx-imaged", "netd": "pyx-netd", "logd": "pyx-logd", "volumed": "pyx-volumed"}
+_FILES = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 27 | 1 << 31 | 1 << 21  # CHOWN … FSETID, MKNOD, SETFCAP, SYS_ADMIN
+CAPABILITIES = {
+    "busd": 0,
+    "imaged": _FILES | 1 << 18,  # SYS_CHROOT
+    "volumed": _FILES,
+    "logd": 1 << 1,  # DAC_OVERRIDE
+    "netd": 1 << 10 | 1 << 12 | 1 << 21,  # NET_BIND_SERVICE, NET_ADMIN, SYS_ADMIN
+}
+SITE = HOME / "lib/python3.11/site-packages"
 TIMEOUT_S = 90
 
 
@@ -42,11 +59,31 @@ def pyx(*argv: str, code: int = 0, timeout_s: float = TIMEOUT_S, input: str | No
     return run("pyx", *argv, code=code, timeout_s=timeout_s, input=input)
 
 
-def complaint(*argv: str, code: int) -> str:
+def complaint(*argv: str, code: int, user: str = "root") -> str:
     """The standard error of ``pyx``, which must end with ``code``."""
-    done = subprocess.run(["pyx", *argv], text=True, capture_output=True, timeout=TIMEOUT_S, stdin=subprocess.DEVNULL)
+    command = [*_as(user), "pyx", *argv]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=TIMEOUT_S, stdin=subprocess.DEVNULL)
     assert done.returncode == code, f"pyx {' '.join(argv)}: exit code {done.returncode}, not {code}: {done.stdout}{done.stderr}"
     return done.stderr
+
+
+def _as(user: str) -> list[str]:
+    """What to put before a command for it to be run by a user, with the groups that has."""
+    return ["setpriv", "--reuid", user, "--regid", user, "--init-groups"] if user != "root" else []
+
+
+def ask(method: str) -> dict[str, object]:
+    """The result of one of the broker's own methods."""
+    from pyx_bus.sync import Connection
+
+    with Connection(timeout_s=TIMEOUT_S) as bus:
+        return bus.call(method, timeout_s=TIMEOUT_S)
+
+
+def journal() -> tuple[str, int]:
+    """The journal's identity and the offset that the next event gets."""
+    stats = ask("bus.stats")
+    return str(stats["journal_id"]), int(str(stats["next_offset"]))
 
 
 def wait_for(condition: Callable[[], object], what: str, timeout_s: float = TIMEOUT_S) -> None:
@@ -102,20 +139,30 @@ def _works(container: str = "web") -> None:
 
 
 def check_units_start() -> None:
+    _install()
+    said = subprocess.run(["systemd-analyze", "verify", str(UNITS / "pyx.target")], text=True, capture_output=True)
+    assert "pyx" not in said.stderr, said.stderr
+    _start()
+    assert run("systemctl", "is-system-running").strip() == "running"
+
+
+def _install() -> None:
+    """As docs/systemd.md says."""
     for script in (HOME / "bin").glob("pyx*"):
         os.symlink(script, Path("/usr/bin") / script.name)
     for unit in (HOME / "systemd").iterdir():
         if unit.suffix in (".service", ".target"):
             shutil.copy(unit, UNITS)
-    sysusers = Path("/usr/lib/sysusers.d/pyx.conf")
-    shutil.copy(HOME / "systemd/pyx.sysusers", sysusers)
+    for kind in ("sysusers", "tmpfiles"):
+        shutil.copy(HOME / f"systemd/pyx.{kind}", f"/usr/lib/{kind}.d/pyx.conf")
     run("systemd-sysusers")
+    run("systemd-tmpfiles", "--create", "/usr/lib/tmpfiles.d/pyx.conf")
     run("systemctl", "daemon-reload")
-    said = subprocess.run(["systemd-analyze", "verify", str(UNITS / "pyx.target")], text=True, capture_output=True)
-    assert "pyx" not in said.stderr, said.stderr
+
+
+def _start() -> None:
     run("systemctl", "start", "pyx.target")
     wait_for(all_serve, "every service active and on the bus")
-    assert run("systemctl", "is-system-running").strip() == "running"
 
 
 def check_the_host_is_described() -> None:
@@ -249,36 +296,192 @@ def check_events() -> None:
 # who may ------------------------------------------------------------------------------------------------------------------
 
 
+def _status(name: str) -> dict[str, str]:
+    """/proc/PID/status of a unit's main process."""
+    pid = run("systemctl", "show", "-P", "MainPID", f"pyx-{name}").strip()
+    return dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line)
+
+
+def check_every_service_has_its_user_and_its_capabilities() -> None:
+    for name, user in USERS.items():
+        assert run("systemctl", "show", "-P", "User", f"pyx-{name}").strip() == user
+        status = _status(name)
+        assert set(status["Uid"].split()) == {str(pwd.getpwnam(user).pw_uid)}, (name, status["Uid"])
+        assert set(status["Gid"].split()) == {str(grp.getgrnam(user).gr_gid)}, (name, status["Gid"])
+        for kind in ("CapPrm", "CapEff", "CapBnd"):
+            assert int(status[kind], 16) == CAPABILITIES[name], f"{name}: {kind} {status[kind]}, not {CAPABILITIES[name]:x}"
+        assert status["NoNewPrivs"] == "1", name
+    found = ask("bus.services")["services"]
+    assert isinstance(found, list)
+    expected = {name: pwd.getpwnam(user).pw_uid for name, user in USERS.items() if name != "busd"} | {"containerd": 0}
+    assert {service["name"]: service["uid"] for service in found} == expected
+
+
 def check_modes_of_files() -> None:
     socket = os.stat("/run/pyx/bus.sock")
-    assert stat.S_IMODE(socket.st_mode) == 0o660, oct(socket.st_mode)
+    # everybody may knock, and is told why if refused
+    assert stat.S_IMODE(socket.st_mode) == 0o666, oct(socket.st_mode)
     assert socket.st_gid == grp.getgrnam("pyx").gr_gid
+    shared = os.stat("/run/pyx")
+    assert (stat.S_IMODE(shared.st_mode), shared.st_uid) == (0o1775, 0), oct(shared.st_mode)
+    owners = {"bus" if name == "busd" else name: pwd.getpwnam(user).pw_uid for name, user in USERS.items()}
+    owners["bus.sock"] = owners["bus"]
     loose = []
     for top in ("/run/pyx", "/var/lib/pyx"):
         for path in [Path(top), *Path(top).glob("*"), *Path(top).glob("*/*")]:
-            mode = path.lstat().st_mode
-            if path.lstat().st_uid != 0 or (not stat.S_ISLNK(mode) and mode & 0o022 and path.name != "bus.sock"):
-                loose.append(f"{path} {oct(mode)}")
+            info = path.lstat()
+            relative = path.relative_to(top).parts
+            owner = owners.get(relative[0], 0) if relative else 0
+            writable = not stat.S_ISLNK(info.st_mode) and info.st_mode & 0o022 and str(path) not in ("/run/pyx", "/run/pyx/bus.sock")
+            if info.st_uid != owner or writable:
+                loose.append(f"{path} {oct(info.st_mode)} of {info.st_uid}, not {owner}")
     assert not loose, loose
 
 
+def check_what_containers_see_is_roots() -> None:
+    """Nothing shows that the services that made it aren't root, not even what an archive or an option left unsaid."""
+    with tarfile.open("/tmp/one.tar", "w") as tar:
+        tar.add("/bin/busybox", "tools/busybox", recursive=False)
+    pyx("image", "import", "/tmp/one.tar", "one:latest", timeout_s=180)
+    owned = ("/tools/busybox", "stat", "-c", "%u:%g:%a", "/", "/tools", "/data")
+    found = pyx("run", "--rm", "-v", "fresh:/data", "one", *owned).split()
+    assert found == ["0:0:755", "0:0:755", "0:0:755"], found
+    # what belongs to whom in images and volumes stays so
+    pyx("run", "--rm", "-v", "fresh:/data", "busybox", "sh", "-c", "touch /data/file && chown 1234:4321 /data/file /data")
+    found = pyx("run", "--rm", "-v", "fresh:/data", "busybox", "stat", "-c", "%u:%g", "/data", "/data/file", "/etc/shadow").split()
+    assert found == ["1234:4321", "1234:4321", "0:0"], found
+    strangers = pyx("run", "--rm", "busybox", "find", "/", "-xdev", "!", "-user", "0")
+    assert not strangers, strangers
+    pyx("volume", "rm", "fresh")
+    pyx("rmi", "one")
+
+
 def check_who_may_use_the_bus() -> None:
-    for name in ("member", "stranger"):
+    for name, group in (("member", "pyx"), ("watcher", "pyx-monitor"), ("stranger", "")):
         run("useradd", "--system", "--no-create-home", name)
-    run("usermod", "-aG", "pyx", "member")
-    assert "CONTAINER ID" in run("setpriv", "--reuid", "member", "--regid", "member", "--init-groups", "pyx", "ps")
-    argv = ["setpriv", "--reuid", "stranger", "--regid", "stranger", "--init-groups", "pyx", "ps"]
-    refused = subprocess.run(argv, text=True, capture_output=True, timeout=TIMEOUT_S)
-    assert refused.returncode == 1 and "permission denied" in refused.stderr, refused
+        if group:
+            run("usermod", "-aG", group, name)
+    assert "CONTAINER ID" in run(*_as("member"), "pyx", "ps")
+    assert run(*_as("member"), "pyx", "run", "--rm", "busybox", "echo", "member").strip() == "member"
+    for command in (("ps",), ("run", "--rm", "busybox", "true"), ("events", "--since", "1m", "--until", "0s")):
+        refused = complaint(*command, user="stranger", code=125 if command[0] == "run" else 1)
+        assert "may not use this bus" in refused, refused
     # nor may it look where the secrets of others are
-    for place in ("/var/lib/pyx/containerd", "/var/lib/pyx/volumed/volumes", "/var/lib/pyx/logd", "/run/pyx/containerd/bundles"):
-        if Path(place).exists():
-            argv = ["setpriv", "--reuid", "stranger", "--regid", "stranger", "--clear-groups", "ls", place]
-            denied = subprocess.run(argv, capture_output=True)
-            assert denied.returncode, f"anybody may list {place}"
+    for place in (
+        "/var/lib/pyx/containerd", "/var/lib/pyx/volumed/volumes", "/var/lib/pyx/logd", "/var/lib/pyx/bus", "/run/pyx/containerd/bundles",
+        "/var/lib/pyx/imaged/imaged.sqlite", "/var/lib/pyx/volumed/volumed.db",
+    ):  # fmt: skip
+        command = ["ls", place] if Path(place).is_dir() else ["head", "-c", "1", place]
+        denied = subprocess.run(["setpriv", "--reuid", "stranger", "--regid", "stranger", "--clear-groups", *command], capture_output=True)
+        assert denied.returncode, f"anybody may look into {place}"
+
+
+def check_a_member_with_many_groups() -> None:
+    """More than 256, of which the one that counts is the last."""
+    groups = ",".join(map(str, [*range(100_000, 100_400), grp.getgrnam("pyx").gr_gid]))
+    argv = ["setpriv", "--reuid", "stranger", "--regid", "stranger", "--groups", groups, "pyx", "ps"]
+    assert "CONTAINER ID" in run(*argv)
+
+
+def check_what_a_monitor_may() -> None:
+    pyx("run", "-d", "--name", "secret", "-e", "PASSWORD=hunter2", "busybox", "sleep", "1000")
+    try:
+        assert "secret" in run(*_as("watcher"), "pyx", "ps")
+        assert json.loads(run(*_as("watcher"), "pyx", "inspect", "secret"))[0]["Name"] == "/secret"
+        assert "busybox" in run(*_as("watcher"), "pyx", "images")
+        run(*_as("watcher"), "pyx", "system", "info")
+        for command in (
+            ("run", "--rm", "busybox", "true"), ("stop", "secret"), ("exec", "secret", "true"), ("rm", "-f", "secret"), ("logs", "secret"),
+            ("volume", "create", "mine"), ("pull", "busybox"),
+        ):  # fmt: skip
+            refused = complaint(*command, user="watcher", code=125 if command[0] in ("run", "exec") else 1)
+            assert "not for monitors" in refused, f"{command}: {refused}"
+        assert inspect("secret", "{{.State.Running}}") == "true"
+        seen = _events_seen_by("watcher", lambda: pyx("pause", "secret") and pyx("unpause", "secret"), "unpause")
+        assert not any("hunter2" in line for line in seen), seen
+    finally:
+        pyx("rm", "-f", "secret")
+
+
+def check_secrets_are_masked_for_monitors() -> None:
+    pyx("run", "-d", "--name", "secret", "-e", "PASSWORD=hunter2", "busybox", "sleep", "1000")
+    try:
+        for user in ("root", "member"):
+            assert "PASSWORD=hunter2" in run(*_as(user), "pyx", "inspect", "secret")
+        seen = run(*_as("watcher"), "pyx", "inspect", "secret")
+        assert "hunter2" not in seen and "PASSWORD=" in seen, seen
+    finally:
+        pyx("rm", "-f", "secret")
+
+
+def _events_seen_by(user: str, cause: Callable[[], object], wanted: str) -> list[str]:
+    """What ``pyx events`` of that user shows of what ``cause`` does, up to the first line with ``wanted``."""
+    reader = subprocess.Popen([*_as(user), "pyx", "events", "--since", "0s"], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert reader.stdout is not None and reader.stderr is not None
+    seen: list[str] = []
+    try:
+        thread = threading.Thread(target=cause)
+        thread.start()
+        deadline = time.monotonic() + TIMEOUT_S
+        while not any(wanted in line for line in seen):
+            assert time.monotonic() < deadline and reader.poll() is None, (seen, reader.poll() is not None and reader.stderr.read())
+            if select.select([reader.stdout], [], [], 1)[0]:
+                seen.append(reader.stdout.readline())
+        thread.join()
+    finally:
+        reader.kill()
+        reader.communicate()
+    return seen
+
+
+def check_groups_are_read_again_on_reload() -> None:
+    """``systemctl reload pyx-busd``: no connection ends, and who comes from then on is judged by the new groups."""
+    old = grp.getgrnam("pyx-monitor").gr_gid
+    pid = run("systemctl", "show", "-P", "MainPID", "pyx-busd")
+    reader = subprocess.Popen(["pyx", "events", "--since", "0s"], text=True, stdout=subprocess.PIPE)
+    assert reader.stdout is not None
+    try:
+        run("groupmod", "-g", "61000", "pyx-monitor")
+        assert "may not use this bus" in complaint("ps", user="watcher", code=1)
+        run("systemctl", "reload", "pyx-busd")
+        wait_for(_watcher_is_admitted, "the reload")
+        assert select.select([reader.stdout], [], [], TIMEOUT_S)[0] and "reload" in reader.stdout.readline()
+    finally:
+        run("groupmod", "-g", str(old), "pyx-monitor")
+        run("systemctl", "reload", "pyx-busd")
+        reader.kill()
+        reader.wait()
+    wait_for(_watcher_is_admitted, "the other reload")
+    assert run("systemctl", "show", "-P", "MainPID", "pyx-busd") == pid
+
+
+def _watcher_is_admitted() -> bool:
+    return subprocess.run([*_as("watcher"), "pyx", "ps"], capture_output=True, timeout=TIMEOUT_S).returncode == 0
 
 
 # restarts and kills -------------------------------------------------------------------------------------------------------
+
+
+def check_an_upgrade_from_services_that_were_roots() -> None:
+    """Their files change hands where they must, and nothing of a running container's or a volume's does."""
+    with web() as pid:
+        script = "touch /mine /www/mine && chown 1234:4321 /mine /www/mine && ln -s /nowhere /www/link && chown -h 1234:4321 /www/link"
+        pyx("exec", "web", "sh", "-c", script)
+        _stop_target()
+        for name in ("bus", "netd", "logd"):
+            run("chown", "-R", "-h", "root:root", f"/var/lib/pyx/{name}")
+        run("find", "/run/pyx", "-xdev", "!", "-user", "0", "-exec", "chown", "-h", "root:root", "{}", "+")
+        for name in ("imaged", "volumed"):
+            run("find", f"/var/lib/pyx/{name}", "-maxdepth", "2", "-user", f"pyx-{name}", "-exec", "chown", "-h", "root:root", "{}", "+")
+        run("chown", "root:root", "/run/pyx", "/run/pyx-subnets.lock")
+        os.chmod("/run/pyx", 0o755)
+        run("python3", "-c", "import socket; socket.socket(socket.AF_UNIX).bind('/run/pyx/bus.sock')")
+        run("systemd-tmpfiles", "--create", "/usr/lib/tmpfiles.d/pyx.conf")
+        _start()
+        assert int(inspect("web", "{{.State.Pid}}")) == pid
+        _works()
+        found = pyx("exec", "web", "stat", "-c", "%u:%g", "/mine", "/www/mine", "/www/link", "/etc/passwd", "/").split()
+        assert found == ["1234:4321", "1234:4321", "1234:4321", "0:0", "0:0"], found
 
 
 def check_restarts() -> None:
@@ -405,18 +608,113 @@ def check_containers_run_when_the_host_shuts_down() -> None:
     wait_for(all_serve, "every service back")
     script = "trap 'echo bye >/host/stopped; exit' TERM; echo up >/host/stopped; while :; do sleep 0.1; done"
     pyx("run", "-d", "-v", "/host:/host", "busybox", "sh", "-c", script)
-    pyx("run", "-d", "busybox", "sleep", "100000")  # deaf to SIGTERM, as any first process without a handler
+    pyx("run", "-d", "--name", "deaf", "busybox", "sleep", "100000")  # to SIGTERM, as any first process without a handler
     wait_for(lambda: (HOST / "stopped").exists(), "its first sign")
+    _remember()
 
 
-CHECKS = [(name.removeprefix("check_"), value) for name, value in list(globals().items()) if name.startswith("check_")]
+# what outlives a machine --------------------------------------------------------------------------------------------------
+
+MEMORY = Path("/var/lib/pyx/remembered")
+
+
+def _remember() -> None:
+    """Where the journal stands, for the next machine."""
+    identity, offset = journal()
+    MEMORY.write_text(f"{identity} {offset}")
+    os.sync()
+
+
+def _remembered() -> tuple[str, int]:
+    identity, offset = MEMORY.read_text().split()
+    return identity, int(offset)
+
+
+def _offsets_since(offset: int) -> list[int]:
+    """Those of the events that the journal has from an offset on."""
+    from pyx_bus.sync import Connection
+
+    with Connection(timeout_s=TIMEOUT_S) as bus:
+        end = int(str(bus.call("bus.stats")["next_offset"]))
+        found: list[int] = []
+        for event in bus.events(">", since=offset):
+            found.append(event.offset)
+            if event.offset >= end - 1:
+                return found
+    raise AssertionError("the events ended")
+
+
+def reboot_check_the_journal_goes_on() -> None:
+    """After an orderly shutdown nothing is missing: the same journal, its offsets without a hole from before to after."""
+    _install()
+    _start()
+    identity, before = _remembered()
+    now = journal()
+    assert now[0] == identity
+    assert now[1] > before
+    first = max(1, before - 20)
+    found = _offsets_since(first)
+    assert found == list(range(first, found[-1] + 1)), found
+
+
+def reboot_check_containers_are_known() -> None:
+    """Those that ran at the shutdown: as having ended, with how, and what they wrote. They run again."""
+    assert inspect("deaf", "{{.State.Status}} {{.State.ExitCode}}") == "exited 137"
+    pyx("start", "deaf")
+    assert inspect("deaf", "{{.State.Running}}") == "true"
+    assert pyx("exec", "deaf", "echo", "in").strip() == "in"
+    for container in pyx("ps", "-aq").split():
+        pyx("rm", "-f", container)
+
+
+def reboot_check_files_are_still_their_services() -> None:
+    check_modes_of_files()
+
+
+def reboot_check_power_is_lost_while_events_are_published() -> None:
+    """Tells the one who pulls the plug where the journal stands, until that happens."""
+    numbers = (HOST / "offsets").open("a", buffering=1)
+    identity, _ = journal()
+    print(identity, file=(HOST / "identity").open("w", buffering=1))
+    for number in range(100_000):
+        pyx("volume", "create", f"v{number}")
+        print(journal()[1], file=numbers)
+
+
+def outage_check_offsets_never_go_back() -> None:
+    """What was told before the power went, the host has in a file: the next event's offset is none that anybody has heard of."""
+    _install()
+    _start()
+    identity, highest = (HOST / "told").read_text().split()
+    now = journal()
+    assert now[0] == identity, f"another journal, {now[0]}, not {identity}"
+    before = _offsets_since(1)
+    assert before == sorted(set(before))
+    pyx("volume", "create", "after")
+    new = [offset for offset in _offsets_since(1) if offset not in before]
+    assert new and min(new) >= int(highest), f"offset {new} was given anew: {highest} had been reached"
+
+
+def outage_check_everything_works() -> None:
+    with web():
+        _works()
+    assert "after" in pyx("volume", "ls", "-q").split()
+    check_modes_of_files()
+
+
+def _named(prefix: str) -> list[tuple[str, Callable[[], None]]]:
+    return [(name.removeprefix(prefix), value) for name, value in list(globals().items()) if name.startswith(prefix)]
+
+
+PHASES = {"": _named("check_"), "reboot": _named("reboot_check_"), "outage": _named("outage_check_")}
 
 
 def main() -> None:
-    """Run them all; a line of JSON for each in /host/results: name, seconds, problem ("" if none)."""
-    wanted = sys.argv[1:]
+    """Run a phase's; a line of JSON for each in /host/results: name, seconds, problem ("" if none)."""
+    phase, *wanted = sys.argv[1:] or [""]
+    sys.path.append(str(SITE))
     with open(HOST / "results", "a") as results:
-        for name, check in CHECKS:
+        for name, check in PHASES[phase]:
             if wanted and name not in wanted:
                 continue
             began = time.monotonic()
