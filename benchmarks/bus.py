@@ -194,10 +194,10 @@ def write(output: Path, heading: str, table: str) -> None:
 INTRODUCTION = f"""## The bus
 
 `python -m benchmarks.bus` runs the broker beside Redis's publish/subscribe and dbus-daemon, each in a process of its own on a unix
-socket, in turns. An event is {EVENT_BYTES} bytes of payload; pyx writes it to its journal on disk before anybody gets it, and then acknowledges
-it; the others keep nothing. "Raw" are sockets that send messages serialised beforehand and count what comes, the same code for all;
-what isn't raw is the client library, at both ends. Publishers don't wait between events but for "one event" (the next when all have
-it) and "paced" (every 2 ms). A mark is what the project wants to keep."""
+socket, in turns. An event is {EVENT_BYTES} bytes of payload; pyx writes it to its journal on disk before anybody gets it, then
+acknowledges it; the others keep nothing. "Raw" are sockets that send messages serialised beforehand and count what comes, the same
+code for all; what isn't raw is the client library, at both ends. Publishers don't wait between events but for "one event" (the next
+when all have it) and "paced" (every 2 ms). A mark is what the project wants to keep."""
 
 
 def main() -> None:
