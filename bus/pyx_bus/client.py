@@ -56,6 +56,7 @@ Req = TypeVar("Req", bound=Message)
 Res = TypeVar("Res", bound=Message)
 
 RETRY_FOR_S = 30.0
+FLUSH_S = 1.0
 MAX_SERIAL = 0xFFFFFFFF
 # A list whose place among the events can't be told is asked for again: its service has events that the broker doesn't have yet.
 WATCH_ATTEMPTS = 12
@@ -75,6 +76,7 @@ class Bus:
         self.subscriptions: dict[int, Subscription] = {}
         self._publisher = Publisher(self.link.send_and_gather)
         self._told_dropped = 0
+        self._acknowledged: anyio.Event | None = None  # if somebody waits for it
         self._serial = 0
         self._subscription = 0
         self._pending: dict[int, Pending | _Answer] = {}
@@ -263,6 +265,13 @@ class Bus:
             self._told_dropped = publisher.dropped
             log.error("%d events were dropped: the broker doesn't take them", publisher.dropped)
 
+    async def flush(self) -> None:
+        """Wait until the broker has acknowledged (or refused) every event published so far: they're in the journal then."""
+        target = self._publisher.sequence
+        while self._publisher.oldest <= target:
+            self._acknowledged = self._acknowledged or anyio.Event()
+            await self._acknowledged.wait()
+
     def events(
         self,
         *patterns: str,
@@ -433,11 +442,19 @@ class Bus:
                 return True
         elif kind == ACK:
             self._publisher.acknowledged(frame.arg)
+            return self._tell_flushers()
         elif kind == PING:
             self.link.send(pong(frame))
         if frame.fds:
             close_fds(frame.fds)  # nobody's any more
         return False
+
+    def _tell_flushers(self) -> bool:
+        acknowledged, self._acknowledged = self._acknowledged, None
+        if acknowledged is None:
+            return False
+        acknowledged.set()
+        return True
 
     def _refused(self, frame: Frame) -> None:
         """An event was refused, or the connection is."""
@@ -446,6 +463,7 @@ class Bus:
             raise ProtocolError(error.message)
         if isinstance(error, errors.PermissionDenied | errors.InvalidArgument):
             self._publisher.refuse(frame.arg)
+            self._tell_flushers()
             log.error("the bus doesn't take an event: %s", error.message)
             return
         pause_s = self._publisher.pause(frame.arg)
@@ -492,7 +510,8 @@ class _Answer:
 async def connect(path: str | None = None, name: str = "client", *, wait: bool = True) -> AsyncIterator[Bus]:
     """A connected ``Bus`` for the length of the block. Raises ``Unavailable`` if the bus isn't there within 5 s.
 
-    With ``wait=False`` the block is entered at once and calls wait for the connection.
+    With ``wait=False`` the block is entered at once and calls wait for the connection. At the end of the block what was published gets
+    a second to be acknowledged.
     """
     bus = Bus(path or default_path(), name)
     failure: BaseException | None = None
@@ -502,6 +521,9 @@ async def connect(path: str | None = None, name: str = "client", *, wait: bool =
             if wait:
                 await bus.link.wait_up()
             yield bus
+            if bus.connected:
+                with anyio.move_on_after(FLUSH_S):
+                    await bus.flush()
         except (Exception, KeyboardInterrupt, SystemExit) as error:
             failure = error
         finally:

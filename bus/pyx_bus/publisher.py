@@ -43,6 +43,14 @@ class Publisher:
         """Events not yet acknowledged."""
         return len(self._sent) + len(self._waiting)
 
+    @property
+    def oldest(self) -> int:
+        """The sequence number of the oldest event not yet acknowledged; the next one's if there's none."""
+        for events in (self._sent, self._waiting):
+            if events:
+                return events[0][0]
+        return self.sequence + 1
+
     def publish(self, topic: bytes, body: bytes) -> None:
         self.sequence += 1
         data = encode(PUBLISH, topic, body, 0, 0, self.sequence)

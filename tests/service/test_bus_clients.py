@@ -24,7 +24,7 @@ from pyx_bus.contract.base import Empty, Event, Message, Method
 from pyx_bus.contract.volumed import VolumeCreated
 from pyx_bus.payloads import Gap, Heartbeat
 from pyx_bus.server import Call, Service
-from pyx_bus.wire import MAX_BATCH
+from pyx_bus.wire import CALL, FLAG_MONITOR, MAX_BATCH, RESULT, Decoder, Frame
 
 EXAMPLES = Path(__file__).parents[2] / "docs/examples"
 
@@ -120,11 +120,6 @@ def on_loop(request: pytest.FixtureRequest) -> Test:
     return run
 
 
-async def acknowledged(bus: client.Bus) -> None:
-    while len(bus._publisher):
-        await anyio.sleep(0.001)
-
-
 def numbers(bus: client.Bus, first: int, last: int, size: int = 1) -> None:
     for number in range(first, last + 1):
         bus.publish(Told(id="x" * size, time_ns=number, number=number))
@@ -175,7 +170,7 @@ def test_since_a_time_and_filters(broker: BrokerThread, on_loop: Test) -> None:
     async def scenario() -> None:
         async with client.connect(str(broker.path)) as bus:
             numbers(bus, 1, 3)
-            await acknowledged(bus)
+            await bus.flush()
             await anyio.sleep(0.01)
             moment = datetime.now(UTC)
             await anyio.sleep(0.01)
@@ -218,7 +213,7 @@ def test_another_journal_is_told_and_read_from_its_beginning(broker: BrokerThrea
             async with bus.events("toy.*", durable="d") as events:
                 numbers(bus, 1, 20)
                 assert await take(events, 10) == list(range(1, 11))
-                await acknowledged(bus)
+                await bus.flush()
                 old = bus.bus_id
                 await anyio.to_thread.run_sync(broker.forget)
                 numbers(bus, 21, 25)
@@ -243,7 +238,7 @@ def test_a_reader_that_lags_is_bounded_and_loses_nothing(
         async with client.connect(str(broker.path)) as bus, client.connect(str(broker.path)) as publisher:
             async with bus.events("toy.*") as late, bus.events("toy.*", durable="d") as durable:
                 numbers(publisher, 1, count, 1000)
-                await acknowledged(publisher)
+                await publisher.flush()
                 while bus.subscriptions:  # till both have been sent as much as they may have
                     await anyio.sleep(0.001)
                 assert late._subscription._buffered_events < 500 + MAX_BATCH // 1000
@@ -264,7 +259,7 @@ def test_large_events_are_bounded_by_bytes(broker: BrokerThread, on_loop: Test, 
             async with bus.events("toy.*") as events:
                 for number in range(1, 31):
                     bus.publish(Told(id="x" * 300_000, time_ns=1, number=number))
-                await acknowledged(bus)
+                await bus.flush()
                 assert events._subscription._buffered_bytes < 3 << 20
                 assert await take(events, 30) == list(range(1, 31))
 
@@ -277,7 +272,7 @@ def test_heartbeats(broker: BrokerThread, on_loop: Test) -> None:
             async with bus.events("volume.*", heartbeat_s=0.1) as events:
                 first = await anext(events)
                 numbers(bus, 1, 3)  # not for this subscription, but it moves on
-                await acknowledged(bus)
+                await bus.flush()
                 later = await anext(events)
                 while later.payload.next_offset == first.payload.next_offset:
                     later = await anext(events)
@@ -424,6 +419,37 @@ def test_plain_handlers_answer_and_fail_like_any(broker: BrokerThread, on_loop: 
     on_loop(scenario)
 
 
+def test_what_a_call_tells_its_handler() -> None:
+    sent: list[bytes] = []
+    frame = Frame(CALL, b"toy.list", peer=3, serial=4, arg=7 << 32 | 1500, flags=FLAG_MONITOR)
+    call = Call(lambda data, fds=(): sent.append(data), frame, lambda: 11)
+    assert (call.method, call.uid, call.timeout_s, call.monitor) == ("toy.list", 7, 1.5, True)
+    call.snapshot()
+    call.finish(State())
+    (answer,) = Decoder().feed(sent[0])
+    assert (answer.kind, answer.peer, answer.serial, answer.arg) == (RESULT, 3, 4, 12)
+    assert not Call(lambda data, fds=(): None, Frame(CALL, b"toy.list"), lambda: 11).monitor
+
+
+def test_flush_waits_for_the_journal(broker: BrokerThread, on_loop: Test) -> None:
+    async def scenario() -> None:
+        async with client.connect(str(broker.path)) as bus:
+            await bus.flush()
+            await anyio.to_thread.run_sync(broker.stop)
+            numbers(bus, 1, 3)
+            with anyio.move_on_after(0.05) as scope:
+                await bus.flush()
+            assert scope.cancelled_caught
+            await anyio.to_thread.run_sync(broker.start)
+            await bus.flush()
+            assert len(bus._publisher) == 0
+            numbers(bus, 4, 9000, 1000)  # more than the window; leaving the block waits for it
+        async with client.connect(str(broker.path)) as bus, bus.events("toy.*", since="beginning") as events:
+            assert await take(events, 9000) == list(range(1, 9001))
+
+    on_loop(scenario)
+
+
 def test_only_the_call_s_own_deadline_is_deadline_exceeded(broker: BrokerThread, on_loop: Test) -> None:
     async def scenario() -> None:
         async with client.connect(str(broker.path), "toy") as serving, client.connect(str(broker.path)) as bus:
@@ -503,7 +529,7 @@ def publish(path: Path, first: int, last: int, size: int = 1) -> None:
     async def main() -> None:
         async with client.connect(str(path)) as bus:
             numbers(bus, first, last, size)
-            await acknowledged(bus)
+            await bus.flush()
 
     anyio.run(main, backend="asyncio")
 
@@ -625,7 +651,7 @@ def test_examples_of_the_documentation(broker: BrokerThread, example: str) -> No
     async def start_one() -> None:
         async with client.connect(str(broker.path), "containerd") as bus:
             bus.publish(ContainerStarted(id="c0ffee", time_ns=1, attributes={"name": "web"}))
-            await acknowledged(bus)
+            await bus.flush()
 
     anyio.run(start_one, backend="asyncio")
     arguments = ["mine"] if "blocking" in example else ["1"]
