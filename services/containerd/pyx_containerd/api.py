@@ -7,7 +7,7 @@ import time
 
 import trio
 
-from pyx_bus import errors
+from pyx_bus import errors, masking
 from pyx_bus.contract import containerd as contract
 from pyx_bus.contract.base import Empty
 from pyx_bus.contract.imaged import Document
@@ -167,7 +167,9 @@ def methods(engine: Engine) -> Service:
 
     @bus.method(contract.WAIT)
     async def wait(call: Call, request: contract.WaitContainer) -> contract.ExitStatus:
-        return await service.wait(engine.find(request.container), request.condition)
+        status = await service.wait(engine.find(request.container), request.condition)
+        call.snapshot()
+        return status
 
     @bus.method(contract.REMOVE)
     async def remove(call: Call, request: contract.RemoveContainer) -> Empty:
@@ -182,6 +184,7 @@ def methods(engine: Engine) -> Service:
     @bus.method(contract.LIST)
     async def list_(call: Call, request: contract.ListContainers) -> contract.ContainerList:
         now = time.time_ns()
+        call.snapshot()
         records = [live.record for live in engine.containers.values()]
         chosen = listing.select(records, request.filters, all_=request.all, limit=request.limit)
         return contract.ContainerList(containers=[listing.summary(record, now) for record in chosen])
@@ -190,7 +193,9 @@ def methods(engine: Engine) -> Service:
     async def inspect(call: Call, request: contract.ContainerRef) -> Document:
         live: Live = engine.find(request.container)
         bundle = str(engine.bundle(live.id))
-        return Document(document=document.inspect(live.record, bundle=bundle, exec_ids=list(live.executions)))
+        call.snapshot()
+        found = document.inspect(live.record, bundle=bundle, exec_ids=list(live.executions))
+        return Document(document=masking.container(found) if call.monitor else found)
 
     @bus.method(contract.UPDATE)
     async def update(call: Call, request: contract.UpdateContainer) -> Empty:
@@ -219,12 +224,15 @@ def methods(engine: Engine) -> Service:
 
     @bus.method(contract.TOP)
     async def top(call: Call, request: contract.TopContainer) -> contract.ProcessTable:
+        if call.monitor and request.ps_args:
+            raise errors.PermissionDenied("a monitor can't give options to ps: some show environments")
         return await service.top(engine, engine.find(request.container), request.ps_args)
 
     @bus.method(contract.INFO)
     async def info(call: Call, request: Empty) -> contract.SystemInfo:
         with trio.move_on_after(5):
             await engine.chosen.wait()
+        call.snapshot()
         return host.info(engine)
 
     return bus

@@ -216,7 +216,10 @@ async def run(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(insert)
             try:
-                await progress(contract.RunProgress(phase="created", id=live.id))
+                try:
+                    await progress(contract.RunProgress(phase="created", id=live.id))
+                except errors.Cancelled:
+                    pass  # the caller is gone, and it goes on without
                 given = await start.start(engine, live, attach, clients)
             except BaseException as error:
                 failures.append(error)

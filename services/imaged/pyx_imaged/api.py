@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 import trio
 
+from pyx_bus import masking
 from pyx_bus.contract import imaged as contract
 from pyx_bus.contract.base import Empty, Released, Retain
 from pyx_bus.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
@@ -145,7 +146,9 @@ def _service(images: Images, transfers: Transfers) -> Service:
 
     @service.method(contract.RESOLVE)
     async def resolve(call: Call, request: contract.ResolveImage) -> contract.ImageConfig:
-        return images.resolve(request)
+        call.snapshot()
+        found = images.resolve(request)
+        return msgspec.structs.replace(found, env=masking.environment(found.env)) if call.monitor else found
 
     @service.method(contract.PREPARE)
     async def prepare(call: Call, request: contract.PrepareSnapshot) -> contract.Snapshot:
@@ -177,11 +180,14 @@ def _service(images: Images, transfers: Transfers) -> Service:
 
     @service.method(contract.LIST)
     async def list_images(call: Call, request: contract.ListImages) -> contract.ImageList:
+        call.snapshot()
         return images.list(request)
 
     @service.method(contract.INSPECT)
     async def inspect(call: Call, request: contract.ResolveImage) -> contract.Document:
-        return images.inspect(request)
+        call.snapshot()
+        found = images.inspect(request)
+        return contract.Document(document=masking.image(found.document)) if call.monitor else found
 
     @service.method(contract.TAG)
     async def tag(call: Call, request: contract.TagImage) -> Empty:

@@ -88,11 +88,13 @@ def serve(networks: Networks) -> Service:
     @service.method(netd.LIST)
     async def list_networks(call: Call, request: netd.ListNetworks) -> netd.NetworkList:
         await trio.lowlevel.checkpoint()
+        call.snapshot()
         return netd.NetworkList(networks=[_summary(network) for network in networks.select(request.filters)])
 
     @service.method(netd.INSPECT)
     async def inspect_network(call: Call, request: netd.NetworkRef) -> Document:
         await trio.lowlevel.checkpoint()
+        call.snapshot()
         network = networks.find(request.network)
         return Document(document=documents.document(network, networks.attached_to(network)))
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
+import msgspec
+
+from pyx_bus import masking
 from pyx_bus.contract import volumed as contract
 from pyx_bus.contract.base import Empty, Released, Retain
 from pyx_bus.contract.imaged import Document
@@ -69,12 +72,18 @@ def serve(volumes: VolumeService) -> Service:
 
     @service.method(contract.LIST)
     async def list_volumes(call: Call, request: contract.ListVolumes) -> contract.VolumeList:
-        return contract.VolumeList(volumes=[message(volume) for volume in volumes.select(request.filters)])
+        call.snapshot()
+        found = [message(volume) for volume in volumes.select(request.filters)]
+        if call.monitor:
+            found = [msgspec.structs.replace(volume, options=masking.options(volume.options)) for volume in found]
+        return contract.VolumeList(volumes=found)
 
     @service.method(contract.INSPECT)
     async def inspect(call: Call, request: contract.VolumeRef) -> Document:
+        call.snapshot()
         volume = volumes.get(request.name)
-        return Document(document=document(volume, volumes.mountpoint(volume)))
+        found = document(volume, volumes.mountpoint(volume))
+        return Document(document=masking.volume(found) if call.monitor else found)
 
     @service.method(contract.REMOVE)
     async def remove(call: Call, request: contract.RemoveVolume) -> Empty:
