@@ -3,6 +3,8 @@ is promised."""
 
 from __future__ import annotations
 
+import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from tests.fuzz import parts
 from tests.fuzz.world import Worlds
 
 from pyx_bus import session, wire
+from pyx_bus.roles import USER
 from pyx_bus.wire import Decoder, Frame, ProtocolError, encode
 
 CORPUS = Path(__file__).parents[1] / "fuzz" / "corpus"
@@ -105,6 +108,40 @@ def test_a_reader_goes_on_though_its_user_is_over_its_quota(tmp_path: Path) -> N
     assert events_in(reader.take()) == [(1, "a.b", "1")]
     assert bench.events.subscriptions.behind() == []
     bench.close()
+
+
+def test_refusing_many_events_takes_no_longer_than_taking_them(tmp_path: Path) -> None:
+    """Anybody who may connect can send events that are refused: a read's worth of them mustn't hold the broker up for seconds."""
+    bench = Bench(tmp_path)
+    user = bench.peer(uid=1002, role=USER, may_be="")
+    started = time.perf_counter()
+    bench.publish(user, b"a.b", *range(1, 8001), payload=b"\x80")
+    assert time.perf_counter() - started < 1
+    frames = user.take()
+    assert (frames[-1].kind, frames[-1].arg) == (wire.ERROR, 8000)
+    bench.close()
+
+
+@pytest.mark.parametrize("item", [b"\x80", b"\x90"])
+@pytest.mark.parametrize(
+    ("kind", "route"), [(wire.SUBSCRIBE, b""), (wire.REGISTER, b"toy"), (wire.CALL, b"bus.forget"), (wire.HELLO, b"")]
+)
+def test_what_the_broker_decodes_itself_is_small(tmp_path: Path, kind: int, route: bytes, item: bytes) -> None:
+    """A byte of msgpack can become an object of 64 bytes: a frame of 4 MiB that's decoded would cost 300 MB."""
+    bench = Bench(tmp_path)
+    peer = bench.peer()
+    count = 1 << 20
+    frame = Frame(kind, route, b"\x81\xa1x\xdd" + count.to_bytes(4, "big") + item * count, peer=1, serial=1)
+    tracemalloc.start()
+    try:
+        try:
+            bench.receive(peer, frame)
+        except ProtocolError:
+            pass
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+        bench.close()
 
 
 @pytest.mark.parametrize("number", [float("inf"), float("nan"), None, "x", [], b""])
