@@ -74,6 +74,19 @@ class Pending:
         self.inbox.clear()
 
 
+class Answer:
+    """An answer that isn't a call's: whoever asked is told by ``push``, and knows by other ways that the connection is gone."""
+
+    __slots__ = ("push", "timer")
+
+    def __init__(self, push: Callable[[Frame], bool]) -> None:
+        self.push = push
+        self.timer: Timer | None = None
+
+    def fail(self, error: errors.BusError) -> None:
+        """See above."""
+
+
 class Stream(Generic[Res]):
     """A call that streams. Iterate over its items, then ask for the ``result``.
 
