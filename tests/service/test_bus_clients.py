@@ -45,6 +45,11 @@ class State(Message, frozen=True, kw_only=True):
     numbers: list[int] = []
 
 
+class Text(Message, frozen=True, kw_only=True):
+    text: str
+
+
+LARGE = Method("toy.large", Text, Text)
 COUNT = Method("toy.count", Count, Empty, item=Count)
 LIST = Method("toy.list", Empty, State, read_only=True)
 PLAIN = Method("toy.plain", Count, Count)
@@ -415,6 +420,46 @@ def test_plain_handlers_answer_and_fail_like_any(broker: BrokerThread, on_loop: 
                 for count in range(100, 300):
                     group.start_soon(caller, count)
             assert answers == {count: count // (count - 13) for count in range(100, 300)}
+
+    on_loop(scenario)
+
+
+def test_large_calls_at_a_time_with_descriptors_between(broker: BrokerThread, on_loop: Test) -> None:
+    """More than the kernel takes at once, in both directions: what waits stays in order, and descriptors stay with their frames."""
+
+    async def scenario() -> None:
+        async with client.connect(str(broker.path), "toy") as serving, client.connect(str(broker.path)) as bus:
+            service = Service("toy")
+
+            @service.method(LARGE)
+            async def large(call: Call, request: Text) -> Text:
+                if call.fds:
+                    (writer,) = call.take_fds()
+                    os.write(writer, request.text[:4].encode())
+                    os.close(writer)
+                return request
+
+            await serving.serve(service)
+            before = len(os.listdir("/proc/self/fd"))
+            served: list[int] = []
+
+            async def caller(number: int) -> None:
+                text = f"{number:04}" * 250_000
+                reader, writer = os.pipe()
+                try:
+                    answer = await bus.call(LARGE, Text(text=text), fds=[writer] if number % 3 else [])
+                finally:
+                    os.close(writer)
+                assert answer.text == text
+                assert os.read(reader, 100) == (b"%04d" % number if number % 3 else b"")
+                os.close(reader)
+                served.append(number)
+
+            async with anyio.create_task_group() as group:
+                for number in range(6):
+                    group.start_soon(caller, number)
+            assert sorted(served) == list(range(6))
+            assert len(os.listdir("/proc/self/fd")) == before
 
     on_loop(scenario)
 
