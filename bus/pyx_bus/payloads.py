@@ -7,9 +7,7 @@ import them all.
 from __future__ import annotations
 
 import functools
-import importlib
 import logging
-import pkgutil
 from typing import Any
 
 import msgspec
@@ -44,6 +42,9 @@ class Heartbeat(Message, frozen=True, kw_only=True):
 @functools.cache
 def event_types() -> dict[str, type[Event]]:
     """The event class of every topic of the contract."""
+    import importlib
+    import pkgutil
+
     types: dict[str, type[Event]] = {}
     for module in pkgutil.iter_modules(contract.__path__):
         for value in vars(importlib.import_module(f"{contract.__name__}.{module.name}")).values():

@@ -7,16 +7,18 @@ timer (``Deadlines``), and what the tasks woken by one read write is gathered an
 
 from __future__ import annotations
 
-import asyncio
 import math
 import sys
 from _socket import socket as Socket
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from heapq import heapify, heappop, heappush
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
+
+if TYPE_CHECKING:
+    import asyncio  # a service on trio doesn't pay for it
 
 
 class Wakeup(Protocol):
@@ -119,7 +121,10 @@ class AsyncioWakeup:
 
 class AsyncioLoop:
     def __init__(self) -> None:
+        import asyncio
+
         self._loop = asyncio.get_running_loop()
+        self._sleep = asyncio.sleep
         self.now = self._loop.time
 
     def group(self) -> AbstractAsyncContextManager[Any]:
@@ -132,7 +137,7 @@ class AsyncioLoop:
         return AsyncioWakeup(self._loop)
 
     async def tick(self) -> None:
-        await asyncio.sleep(0)
+        await self._sleep(0)
 
     async def pump(self, sock: Socket, receive: Receive, flush: Callable[[], None]) -> None:
         # Everything happens in the loop's own callback: no task is switched to for a read.
