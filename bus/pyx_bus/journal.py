@@ -129,7 +129,7 @@ class Journal:
         boot_id: str | None = None,
         now_ns: Callable[[], int] = time.time_ns,
     ) -> None:
-        """Open the journal in ``directory``, or make it. Raises ``JournalError``: in use, unreadable, of a newer version."""
+        """Open the journal in ``directory``, or make it. Raises ``JournalError``: in use, unreadable, of another version."""
         if limits.segment_bytes < 1 or limits.max_bytes < 2 * limits.segment_bytes:
             raise ValueError(f"a journal has at least two segments, not {limits}")
         self.limits = limits
@@ -209,7 +209,7 @@ class Journal:
         parts = (size.to_bytes(4, "little") + crc.to_bytes(4, "little") + rest, frames)
         segment = self._active
         if after > self._keeper.reserved:
-            self._keeper.extend(after)
+            self._reserve(after)
         if segment is None or (segment.size + size > self.limits.segment_bytes and segment.size > HEAD_SIZE):
             segment = self._roll(time_ns, size)
         try:
@@ -237,6 +237,13 @@ class Journal:
         if after >= keeper.low:
             keeper.hurry()
         return first
+
+    def _reserve(self, after: int) -> None:
+        """The thread didn't come to it in time."""
+        try:
+            self._keeper.extend(after)
+        except OSError as e:
+            raise self._fail("can't reserve offsets for the journal of events", e) from e
 
     def _write_again(self, segment: Segment, parts: tuple[bytes, bytes | memoryview], size: int) -> None:
         """The write failed or took only a part: mostly a full disk. Make room and try again, or cut off what was written."""
@@ -269,7 +276,10 @@ class Journal:
         if not self._segments or self._segments[0] is self._active:
             return False
         _log.warning("the disk is full: the journal gives up its oldest events, %s", self._segments[0].path.name)
-        return self._remove(self._segments[0]) and self._keeper.unlink(1)
+        if not self._remove(self._segments[0]):
+            return False
+        self._keeper.unlink(self._keeper.doomed)
+        return True
 
     def _roll(self, time_ns: int, size: int) -> Segment:
         """Begin a new segment, with room for a record of ``size`` bytes. Raises ``JournalError``."""

@@ -13,7 +13,7 @@ from logging import getLogger
 from pathlib import Path
 from threading import Event, Lock, Thread
 
-from .segment import RESERVE_MAX, JournalError, Segment, State, StateFile, failed, synchronise, write_table
+from .segment import RESERVE_MAX, Segment, State, StateFile, synchronise, write_table
 
 _log = getLogger(__name__)
 
@@ -102,7 +102,7 @@ class Keeper:
             self._hurry.clear()
             try:
                 self._once()
-            except (JournalError, OSError) as e:
+            except OSError as e:
                 if not self._failing:
                     _log.error("can't put the journal of events on the disk, will try again: %s", e)
                 self._failing = True
@@ -112,7 +112,7 @@ class Keeper:
                 self._failing = False
 
     def _once(self) -> None:
-        """Raises ``JournalError`` or ``OSError``, whatever comes first; the rest is done next time."""
+        """Raises ``OSError``, the first that comes; the rest is done next time."""
         self.dirty = False
         next_offset, _, active = self._progress()
         if next_offset >= self.low:
@@ -164,7 +164,7 @@ class Keeper:
     # The state
 
     def extend(self, at_least: int) -> None:
-        """Let offsets go on, after the disk knows of it. Raises ``JournalError``."""
+        """Let offsets go on, after the disk knows of it. Raises ``OSError``: then they don't."""
         with self._lock:
             if at_least <= self.reserved and at_least < self.low:
                 return  # the other thread was quicker
@@ -172,10 +172,7 @@ class Keeper:
             self._block = min(self._block * 2, RESERVE_MAX) if now - self._extended_at < 2 else RESERVE
             self._extended_at = now
             reserved = at_least + self._block
-            try:
-                self._write_state(reserved, sync=True)
-            except OSError as e:
-                raise failed("can't reserve offsets for the journal of events", e) from e
+            self._write_state(reserved, sync=True)
             self._set_reserved(reserved)
 
     def _set_reserved(self, reserved: int) -> None:
@@ -209,5 +206,5 @@ class Keeper:
             self._once()
             write_table(self._directory / "publishers", self._id, self._progress()[0], table)
             self._write_state(self.reserved, sync=True, clean=True)
-        except (JournalError, OSError) as e:
+        except OSError as e:
             _log.error("can't put the journal of events on the disk: %s", e)

@@ -144,7 +144,7 @@ def gap_body(frame: Frame) -> tuple[int, int, int]:
     try:
         body = unpackb(frame.body)
         return int(body["lost"]), int(body["first_offset"]), int(body["last_offset"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ProtocolError(f"bad {frame!r}: {error}") from error
 
 
@@ -152,7 +152,7 @@ def next_offset(body: bytes) -> int:
     """Where a subscription begins, by the answer to SUBSCRIBE. Raises ``ProtocolError``."""
     try:
         return int(unpackb(body)["next_offset"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ProtocolError(f"bad answer to SUBSCRIBE: {error}") from error
 
 
@@ -252,7 +252,7 @@ def welcome(frame: Frame) -> tuple[str, int]:
     try:
         body = unpackb(frame.body)
         return str(body["bus"]), int(body["connection"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ProtocolError(f"bad {frame!r}: {error}") from error
 
 

@@ -79,7 +79,10 @@ class Connection:
                 events.lost()
         self._events.clear()
         try:
-            self._write(hello(self._name))
+            try:
+                self._transport.send(hello(self._name))  # into an empty socket: it takes all of it
+            except OSError:
+                pass  # closed already: if we were refused, the reason is there to be read
             deadline = time.monotonic() + timeout_s
             while not self._session.welcomed:
                 if not self.read(deadline):

@@ -292,6 +292,10 @@ def test_what_is_too_old_goes_even_if_nothing_new_comes(tmp_path: Path) -> None:
     assert (journal.segment_count, journal.size_bytes, journal.first_time_ns) == (0, 0, 0)
     assert (journal.oldest_offset, journal.next_offset) == (201, 201)
     assert offsets(drain(journal, cursor)) == list(range(-1, -201, -1))
+    deadline = time.monotonic() + 10
+    while segments(tmp_path):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
     with killed(journal, tmp_path) as copy:  # no file says any more how far offsets had got, but for the state
         after = Journal(copy, limits, now_ns=lambda: 0)
         assert after.next_offset == 201
@@ -759,6 +763,20 @@ def test_a_reader_waits_for_a_descriptor_and_loses_nothing(tmp_path: Path) -> No
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert found == [] and not cursor.at_end
     assert offsets(drain(journal, cursor)) == list(range(1, 161))
+    journal.close()
+
+
+def test_offsets_that_cannot_be_reserved_are_not_given_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeper, "RESERVE", 8)
+    journal = Journal(tmp_path, Limits(sync_interval_s=3600))
+    with monkeypatch.context() as patch:
+        patch.setattr(segment.StateFile, "write", lambda *args, **kwargs: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        assert put(journal, 8) == 1
+        for _ in range(2):
+            with pytest.raises(JournalError, match="can't reserve offsets for the journal of events: input/output error"):
+                put(journal)
+    assert put(journal) == 9
+    assert everything(journal) == list(range(1, 10))
     journal.close()
 
 
