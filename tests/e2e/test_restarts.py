@@ -181,8 +181,9 @@ def test_output_goes_on_when_containerd_and_then_logd_were_replaced(stack: Any) 
     assert process.stdout.readline() == b"line 0\n"
     kill(stack, "containerd")
     kill(stack, "logd")
-    rest, _ = process.communicate(timeout=60)
-    assert process.returncode == 6
+    rest = process.stdout.read()
+    assert process.wait(60) == 6
+    process.stdout.close()
     assert rest.decode().splitlines() == [f"line {i}" for i in range(1, 80)]
 
 
