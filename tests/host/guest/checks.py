@@ -473,8 +473,11 @@ def check_an_upgrade_from_services_that_were_roots() -> None:
         for name in ("bus", "netd", "logd"):
             run("chown", "-R", "-h", "root:root", f"/var/lib/pyx/{name}")
         run("find", "/run/pyx", "-xdev", "!", "-user", "0", "-exec", "chown", "-h", "root:root", "{}", "+")
-        for name in ("imaged", "volumed"):
-            run("find", f"/var/lib/pyx/{name}", "-maxdepth", "2", "-user", f"pyx-{name}", "-exec", "chown", "-h", "root:root", "{}", "+")
+        theirs = {}
+        for name in ("imaged", "volumed"):  # these may do without, and what is below isn't theirs to begin with
+            user = f"pyx-{name}"
+            theirs[user] = run("find", f"/var/lib/pyx/{name}", "-maxdepth", "2", "-user", user).split()
+            run("chown", "-h", "root:root", *theirs[user])
         run("chown", "root:root", "/run/pyx", "/run/pyx-subnets.lock")
         os.chmod("/run/pyx", 0o755)
         run("python3", "-c", "import socket; socket.socket(socket.AF_UNIX).bind('/run/pyx/bus.sock')")
@@ -484,6 +487,8 @@ def check_an_upgrade_from_services_that_were_roots() -> None:
         _works()
         found = pyx("exec", "web", "stat", "-c", "%u:%g", "/mine", "/www/mine", "/www/link", "/etc/passwd", "/").split()
         assert found == ["1234:4321", "1234:4321", "1234:4321", "0:0", "0:0"], found
+        for user, paths in theirs.items():
+            run("chown", "-h", f"{user}:{user}", *[path for path in paths if os.path.lexists(path)])
 
 
 def check_restarts() -> None:
