@@ -172,6 +172,20 @@ async def test_out_of_memory_is_told_before_the_end(s):
         assert told.payload("die")["oom_killed"] is True
 
 
+async def test_out_of_memory_is_told_while_it_goes_on(s):
+    """The kernel ends a child, and the container survives."""
+    limits = c.Resources(memory_bytes=16 << 20, memory_swap_bytes=16 << 20)
+    async with tale(s) as told:
+        script = "sh -c 'x=x; while :; do x=$x$x$x$x; done'; sh -c 'y=y; while :; do y=$y$y$y$y; done'; sleep 100"
+        await run_detached(s, "sh", "-c", script, resources=limits, name="tough")
+        assert await told.until("oom") == ["create", "start", "oom"]
+        assert await told.until("oom") == ["oom"]
+        assert told.payload("oom").get("kills", 1) == 1
+        assert (await s.call(c.INSPECT, c.ContainerRef(container="tough"))).document["State"]["Running"]
+        await s.call(c.KILL, c.KillContainer(container="tough"))
+        assert await told.until("die") == ["kill", "die"]
+
+
 async def test_the_list_agrees_with_the_events_at_every_moment(s, monkeypatch):
     """Whenever something is published, what LIST would answer has just changed; and it never changes without."""
     import pyx_containerd.engine

@@ -22,7 +22,7 @@ from pyx_bus.contract import containerd as contract
 from pyx_bus.contract import imaged, logd, netd, volumed
 
 from . import bundle as bundles
-from . import cgroups, copy, execute, kernel
+from . import cgroups, copy, execute, kernel, oom
 from .drivers.runtime import Runtime
 from .engine import SERVICE_TIMEOUT_S, Engine, Live
 from .errors import KernelError
@@ -97,8 +97,7 @@ async def _store(engine: Engine, live: Live, removing: bool) -> None:
 
 
 def _tell_died(engine: Engine, live: Live, exit_: Exit, started_at_ns: int, oom_kills: int) -> None:
-    if oom_kills > live.oom_kills:
-        engine.publish(contract.ContainerOutOfMemory, live.record, {"kills": oom_kills - live.oom_kills})
+    oom.tell(engine, live, oom_kills)
     run_time_ns = max(0, exit_.time_ns - started_at_ns)
     extra = {"exitCode": str(exit_.code), "execDuration": str(run_time_ns // 10**9)}
     if exit_.signal:

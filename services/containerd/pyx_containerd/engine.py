@@ -80,7 +80,6 @@ class Live:
     leaving: bool = False
     copying: trio.Lock = field(default_factory=trio.Lock)
     copies: dict[trio.CancelScope, trio.Event] = field(default_factory=dict)
-    oom_kills: int = 0  # of this run, as told so far
     logged: trio.Event = field(default_factory=trio.Event)
     executions: dict[str, Execution] = field(default_factory=dict)
 

@@ -22,6 +22,7 @@ MS_NOATIME, MS_BIND, MS_REC, MS_PRIVATE, MS_RELATIME = 1024, 4096, 16384, 1 << 1
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 _SYS_OPENAT2 = 437
 _CLONE_NEWNS = 0x00020000
+_IN_MODIFY = 2
 _RESOLVE_NO_MAGICLINKS, _RESOLVE_IN_ROOT = 0x02, 0x10
 _FLAGS = {
     "ro": MS_RDONLY,
@@ -290,6 +291,49 @@ def oom_kills(path: str) -> int:
             if name == "oom_kill":
                 return int(value)
     return 0
+
+
+class OomNotice:
+    """Readable when the OOM killer strikes in a cgroup, or may have: `oom_kills` tells. KernelError if the cgroup isn't there.
+
+    v2: inotify(7) on memory.events, whose counters change before it's told. v1: an eventfd(2) at memory.oom_control, told when memory has
+    run out, so a moment before the kill is counted.
+    """
+
+    def __init__(self, path: str) -> None:
+        relative = path.lstrip("/")
+        events = CGROUP_ROOT / relative / "memory.events"
+        if events.exists():
+            self._fd = _check(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC), "inotify_init1", str(events))
+            try:
+                _check(_libc.inotify_add_watch(self._fd, os.fsencode(events), _IN_MODIFY), "inotify_add_watch", str(events))
+            except KernelError:
+                os.close(self._fd)
+                raise
+            return
+        place = CGROUP_ROOT / "memory" / relative
+        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        try:
+            control = os.open(place / "memory.oom_control", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                (place / "cgroup.event_control").write_text(f"{self._fd} {control}")
+            finally:
+                os.close(control)
+        except OSError as error:
+            os.close(self._fd)
+            raise KernelError(error.errno or 0, "watch", str(place)) from None
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def clear(self) -> None:
+        try:
+            os.read(self._fd, 4096)
+        except BlockingIOError:
+            pass
+
+    def close(self) -> None:
+        os.close(self._fd)
 
 
 def swap_accounting() -> bool:

@@ -101,8 +101,9 @@ class Process(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Container(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A container's record, as kept on disk. Frozen: a change makes a new one.
 
-    ``exit_code`` and ``finished_at_ns`` are the last run's. ``error`` is why the last start failed. ``attached_volumes`` and
-    ``sandbox`` are what volumed and netd gave; ``sandbox`` only while it runs. ``cgroup`` is the path below every hierarchy.
+    ``exit_code`` and ``finished_at_ns`` are the last run's; ``oom_kills`` is how many of its processes the OOM killer ended, as told so
+    far. ``error`` is why the last start failed. ``attached_volumes`` and ``sandbox`` are what volumed and netd gave; ``sandbox`` only
+    while it runs. ``cgroup`` is the path below every hierarchy.
     ``provisional``: made by a ``run`` that hasn't been acknowledged yet; if the service dies before its first start, it goes.
     """
 
@@ -124,6 +125,7 @@ class Container(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     exit_code: int = 0
     signal: int = 0
     oom_killed: bool = False
+    oom_kills: int = 0
     error: str = ""
     started_at_ns: int = 0
     finished_at_ns: int = 0

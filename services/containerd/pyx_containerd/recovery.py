@@ -30,7 +30,7 @@ from pyx_bus.contract.base import Method, Released, Retain
 from pyx_bus.contract.bus import ServiceUp
 
 from . import bundle as bundles
-from . import cgroups, end, kernel, start
+from . import cgroups, end, kernel, oom, start
 from .engine import Engine, Live
 from .errors import KernelError
 from .model import Change, Container, State
@@ -74,6 +74,7 @@ async def _take_up(engine: Engine, live: Live, has_bundle: bool) -> None:
             state = None
         if state is not None and state.phase == "running":
             _mark_running(engine, live, state.init_pid, record)
+            engine.background(oom.watch, engine, live)
             paused = kernel.frozen(record.cgroup)
             if paused != (live.record.state is State.PAUSED):  # killed between the freezer and the row
                 engine.change(live, Change.PAUSE if paused else Change.UNPAUSE)

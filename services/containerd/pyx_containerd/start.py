@@ -26,7 +26,7 @@ from pyx_bus.contract import logd, netd, volumed
 from pyx_bus.contract.base import Method, Req, Res
 
 from . import bundle as bundles
-from . import copy, end, kernel, oci, plan, shim
+from . import copy, end, kernel, oci, oom, plan, shim
 from .drivers.runtime import LOG_FILE, PID_FILE, Runtime, parse_failure
 from .engine import SERVICE_TIMEOUT_S, Engine, Live
 from .errors import KernelError, is_paused, not_running, start_failed
@@ -314,15 +314,24 @@ def _read_log(engine: Engine, container_id: str, name: str) -> str:
 def _now_running(engine: Engine, live: Live, pid: int, attach: contract.AttachOptions) -> None:
     if attach.output or attach.stdin:
         engine.publish(contract.ContainerAttached, live.record)
-    live.oom_kills = 0
     change = Change.START
     engine.change(
-        live, change, pid=pid, started_at_ns=time.time_ns(), finished_at_ns=0, exit_code=0, signal=0, oom_killed=False, error=""
+        live,
+        change,
+        pid=pid,
+        started_at_ns=time.time_ns(),
+        finished_at_ns=0,
+        exit_code=0,
+        signal=0,
+        oom_killed=False,
+        oom_kills=0,
+        error="",
     )
     live.record = msgspec.structs.replace(live.record, provisional=False)
     engine.publish(contract.ContainerStarted, live.record)
     if live.record.spec.tty and attach.rows:
         engine.publish(contract.ContainerResized, live.record, height=str(attach.rows), width=str(attach.columns))
+    engine.background(oom.watch, engine, live)
     live.spawned.set()
     live.begins.set()
     live.begins = trio.Event()
