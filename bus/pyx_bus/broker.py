@@ -267,7 +267,7 @@ class Broker:
                     raise
             if transport.decoder.buffered_bytes > _SMALL or peer.accounted:
                 peer.account()
-                if peer.user.queued_bytes > peer.user.max_queued_bytes and peer.role not in (ROOT, SERVICE):
+                if peer.user.queued_bytes > peer.user.max_queued_bytes and not peer.trusted:
                     raise ProtocolError(f"user {peer.uid} has more than {peer.user.max_queued_bytes} bytes under way")
         except BlockingIOError:
             return

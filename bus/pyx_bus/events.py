@@ -53,15 +53,8 @@ _MAP_MARKERS = frozenset((*range(0x80, 0x90), 0xDE, 0xDF))
 _TOPIC_BYTES = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789_-.")
 
 Bounds = list[tuple[int, int, int]]
-
-
-class Refused(Exception):
-    """An event that can't be taken. ``index`` is its place in the run."""
-
-    def __init__(self, index: int, error: errors.BusError) -> None:
-        super().__init__(error.message)
-        self.index = index
-        self.error = error
+# (who, from, to) of neighbouring events with the same recipients
+Groups = list[tuple[Recipients, int, int]]
 
 
 class Events:
@@ -100,23 +93,20 @@ class Events:
                     peer.send(encode(ACK, b"", b"", 0, 0, run.arg))
                     return
                 data, frames, first = *_cut(data, frames, seen), first + seen
-        while frames:
-            try:
-                groups = self._check(peer, data, frames)
-            except Refused as refusal:
-                index = refusal.index
-                if index:
-                    if not self._keep(peer, *_cut(data, frames, 0, index), first):
-                        return
-                    peer.send(encode(ACK, b"", b"", 0, 0, first + index - 1))
+        begin = 0
+        while begin < len(frames):
+            groups, end, refusal = self._check(peer, data, frames, begin)
+            if end > begin:
+                whole = end - begin == len(frames)
+                part, bounds = (data, frames) if whole else _cut(data, frames, begin, end)
+                if not self._keep(peer, part, bounds, first + begin, groups):
+                    return
+                peer.send(encode(ACK, b"", b"", 0, 0, first + end - 1))
+            if refusal is not None:
                 self.refused += 1
-                sequence = first + index
-                peer.send(encode(ERROR, b"", packb(errors.to_body(refusal.error)), 0, 0, sequence))
-                data, frames, first = *_cut(data, frames, index + 1), sequence + 1
-                continue
-            if self._keep(peer, data, frames, first, groups):
-                peer.send(encode(ACK, b"", b"", 0, 0, run.arg))
-            return
+                peer.send(encode(ERROR, b"", packb(errors.to_body(refusal)), 0, 0, first + end))
+                end += 1
+            begin = end
 
     def announce(self, topic: str, actor: str, attributes: dict[str, str]) -> None:
         """An event of the broker's own."""
@@ -130,69 +120,60 @@ class Events:
             return  # the journal has logged it; there's nobody to repeat it
         self._deliver(b"bus", data, frames, offset, [(self.subscriptions.find(topic, b"bus"), 0, 1)], tail)
 
-    def _check(self, peer: Peer, data: bytes, frames: Bounds) -> list[tuple[Recipients, int, int]]:
-        """Who gets what: (recipients, from, to) of neighbours with the same. Raises ``Refused``."""
+    def _check(self, peer: Peer, data: bytes, frames: Bounds, begin: int) -> tuple[Groups, int, errors.BusError | None]:
+        """Who gets the events from ``begin`` on, up to the first that can't be taken: (groups, where that is, why it can't)."""
         if peer.routes_of != self.subscriptions.generation:
             peer.routes = {}
             peer.routes_of = self.subscriptions.generation
         routes = peer.routes
         view = memoryview(data)
-        groups: list[tuple[Recipients, int, int]] = []
+        groups: Groups = []
         current: Recipients | None = None
-        begin = 0
-        index = -1
-        for index, (start, payload, end) in enumerate(frames):
-            topic = data[start + HEADER_SIZE : payload]
-            recipients = routes.get(topic)
-            if recipients is None:
-                recipients = self._route(peer, topic, index)
-            try:
+        since = index = begin
+        refusal: errors.BusError | None = None
+        try:
+            for index in range(begin, len(frames)):
+                start, payload, end = frames[index]
+                topic = data[start + HEADER_SIZE : payload]
+                recipients = routes.get(topic)
+                if recipients is None:
+                    recipients = self._route(peer, topic)
+                if end - start > MAX_EVENT + HEADER_SIZE:
+                    raise errors.InvalidArgument(f"event is larger than the limit of {MAX_EVENT} bytes")
                 if data[payload] not in _MAP_MARKERS:
-                    raise Refused(index, errors.InvalidArgument(f"payload of {topic!r} is no map"))
+                    raise errors.InvalidArgument(f"payload of {topic!r} is no map")
                 _well_formed(view[payload:end])
-            except (IndexError, msgspec.DecodeError, RecursionError) as error:
-                raise Refused(index, errors.InvalidArgument(f"payload of {topic!r} is not msgpack: {error}")) from None
-            if recipients is not current:
-                if current is not None:
-                    groups.append((current, begin, index))
-                current = recipients
-                begin = index
-        if len(data) > MAX_EVENT:
-            for index, (start, _, end) in enumerate(frames):
-                if end - start - HEADER_SIZE > MAX_EVENT:
-                    raise Refused(index, errors.InvalidArgument(f"event is larger than the limit of {MAX_EVENT} bytes"))
-        assert current is not None
-        groups.append((current, begin, len(frames)))
-        return groups
+                if recipients is not current:
+                    if current is not None:
+                        groups.append((current, since - begin, index - begin))
+                    current = recipients
+                    since = index
+            index = len(frames)
+        except errors.BusError as error:
+            refusal = error
+        except (IndexError, msgspec.DecodeError, RecursionError) as error:
+            refusal = errors.InvalidArgument(f"payload of {topic!r} is not msgpack: {error}")
+        if current is not None:
+            groups.append((current, since - begin, index - begin))
+        return groups, index, refusal
 
-    def _route(self, peer: Peer, route: bytes, index: int) -> Recipients:
+    def _route(self, peer: Peer, route: bytes) -> Recipients:
+        """Who gets events of this topic from this publisher. Raises ``InvalidArgument``, ``PermissionDenied``."""
         if not route or not _TOPIC_BYTES.issuperset(route) or b".." in route or route[0] == 46 or route[-1] == 46:
-            raise Refused(index, errors.InvalidArgument(f"bad topic {route!r}"))
+            raise errors.InvalidArgument(f"bad topic {route!r}")
         topic = route.decode()
         owner = owner_of(topic)
         if peer.may_be not in ("*", owner) or (owner == "bus" and peer.role != ROOT):
-            raise Refused(
-                index,
-                errors.PermissionDenied(
-                    f'user {peer.uid} may not publish "{topic}"', hint=f"only the user of {owner} may"
-                ),
+            raise errors.PermissionDenied(
+                f'user {peer.uid} may not publish "{topic}"', hint=f"only the user of {owner} may"
             )
         if len(peer.routes) >= MAX_ROUTES:
             peer.routes.clear()
         found = peer.routes[route] = self.subscriptions.find(topic, peer.source)
         return found
 
-    def _keep(
-        self,
-        peer: Peer,
-        data: bytes,
-        frames: Bounds,
-        first: int,
-        groups: list[tuple[Recipients, int, int]] | None = None,
-    ) -> bool:
+    def _keep(self, peer: Peer, data: bytes, frames: Bounds, first: int, groups: Groups) -> bool:
         """Write to the journal and deliver. False if it couldn't be written: the publisher is told to come again."""
-        if groups is None:
-            groups = self._check(peer, data, frames)
         count = len(frames)
         tail = self.journal.tail()
         try:
@@ -233,7 +214,7 @@ class Events:
         data: bytes,
         frames: Bounds,
         offset: int,
-        groups: list[tuple[Recipients, int, int]],
+        groups: Groups,
         tail: Cursor,
     ) -> None:
         time_ns = self.journal.last_time_ns
@@ -249,6 +230,7 @@ class Events:
                 self.fell_behind += 1
                 subscription.cursor = copy(tail)
                 subscription.cursor.offset = offset + begin
+                self.subscriptions.ready[subscription] = None  # its peer may take more at the end of this turn
                 continue
             if not certain:
                 self._send_matching(subscription, source, data, frames[begin:end], offset + begin, time_ns)
@@ -364,7 +346,7 @@ class Events:
         }
 
 
-def _by_recipient(groups: list[tuple[Recipients, int, int]]) -> list[tuple[tuple[Subscription, bool], int, int]]:
+def _by_recipient(groups: Groups) -> list[tuple[tuple[Subscription, bool], int, int]]:
     """Who gets which stretches of the run; for each they're as long as they can be."""
     if len(groups) == 1:
         recipients, begin, end = groups[0]

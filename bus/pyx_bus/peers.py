@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from .metrics import MethodCounters
-from .roles import ROOT, User
+from .roles import ROOT, SERVICE, User
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class Peer(ABC):
         "service",
         "source",
         "subscriptions",
+        "trusted",
         "uid",
         "user",
     )
@@ -45,6 +46,7 @@ class Peer(ABC):
         self.gid = gid
         self.pid = pid
         self.role = role
+        self.trusted = role in (ROOT, SERVICE)  # limits by user don't apply: who is root can stop the broker anyway
         self.may_be = may_be
         self.id = 0
         self.name = ""

@@ -312,9 +312,12 @@ class Router:
                 counters.errors += 1
             elif frame.arg:
                 arg = self.events.offset_after(service.publisher, frame.arg - 1)
-        if caller.queued_bytes > MAX_QUEUED_BYTES:
+        user = caller.user
+        if caller.queued_bytes > MAX_QUEUED_BYTES or (
+            user.queued_bytes + len(frame.body) > user.max_queued_bytes and not caller.trusted
+        ):
             close_fds(frame.fds)
-            return caller.disconnect("it doesn't read its answers")
+            return caller.disconnect(f"it, or user {user.uid}, doesn't read its answers")
         caller.send(encode(frame.kind, b"", frame.body, 0, frame.serial, arg, len(frame.fds)), frame.fds)
         return None
 

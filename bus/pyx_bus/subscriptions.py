@@ -19,6 +19,8 @@ from .roles import ROOT
 from .wire import HEARTBEAT, RESULT, Frame, ProtocolError, encode
 
 MAX_SUBSCRIPTIONS_PER_PEER = 64
+# Of frames the broker decodes itself: a byte of msgpack can become an object of 64.
+MAX_OWN_BODY = 64 << 10
 MIN_HEARTBEAT_MS = 100
 MAX_HEARTBEAT_MS = 24 * 3600 * 1000
 
@@ -233,6 +235,8 @@ def _is_offset(value: object) -> TypeGuard[int]:
 
 def unpack_map(frame: Frame) -> dict[str, object]:
     """A frame's body as a map. Raises ``ProtocolError``."""
+    if len(frame.body) > MAX_OWN_BODY:
+        raise ProtocolError(f"{frame!r} is larger than the {MAX_OWN_BODY} bytes the broker takes for itself")
     try:
         value = unpackb(frame.body) if frame.body else {}
     except Exception as error:  # msgpack raises its own, ValueError and UnicodeDecodeError
