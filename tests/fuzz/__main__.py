@@ -7,6 +7,7 @@ It ends with the first input that breaks a promise (an exception, ten seconds, a
 from __future__ import annotations
 
 import atexit
+import logging
 import sys
 
 import atheris
@@ -19,6 +20,7 @@ LIMITS = ["-timeout=10", "-rss_limit_mb=1024", "-max_len=2000", "-print_final_st
 
 def main() -> None:
     target, *options = sys.argv[1:]
+    logging.disable()  # it would be of what is made up here
     if target == "world":
         worlds = world.Worlds()
         atexit.register(worlds.close)

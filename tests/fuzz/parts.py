@@ -5,7 +5,6 @@ The decoder is also held against itself: whatever the pieces, with runs of event
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,6 @@ from tests.fuzz.world import PATTERNS, PAYLOADS, TOPICS, VALUES, Data
 from pyx_bus import errors, filters, payloads, session, wire
 from pyx_bus.wire import HEADER, HEADER_SIZE, Decoder, Frame, ProtocolError, Run, encode
 
-logging.disable()  # it's of what this makes up
 KINDS = tuple(wire.KIND_NAMES)
 Fields = tuple[int, bytes, bytes, int, int, int, int, int]
 
