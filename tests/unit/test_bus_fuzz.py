@@ -3,6 +3,7 @@ is promised."""
 
 from __future__ import annotations
 
+import gc
 import time
 import tracemalloc
 from collections.abc import Iterator
@@ -122,6 +123,24 @@ def test_refusing_many_events_takes_no_longer_than_taking_them(tmp_path: Path, m
     assert time.perf_counter() - started < 1
     assert [frame.arg for data in sent for frame in Decoder().feed(data)] == list(range(1, 8001))
     bench.close()
+
+
+def test_refused_events_are_gone_at_once(tmp_path: Path) -> None:
+    """An error that's kept in a variable of the frame it was raised in keeps that frame, and the event, until the next collection."""
+    bench = Bench(tmp_path)
+    user = bench.peer(uid=1002, role=USER, may_be="")
+    bench.publish(user, b"a.b", 1, payload=bytes(packb({"id": "x"})))
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    try:
+        for sequence in range(2, 12):
+            bench.publish(user, b"a.b", sequence, payload=bytes(packb({"id": "x" * 1_000_000})))
+        assert tracemalloc.get_traced_memory()[0] < 2 << 20
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+        bench.close()
 
 
 @pytest.mark.parametrize("item", [b"\x80", b"\x90"])
