@@ -43,7 +43,7 @@ def feed(decoder: Decoder, data: Data, said: bytes) -> tuple[list[Fields], bool]
     seen: list[Fields] = []
     given = 0
     while said:
-        size = 1 + data.byte() * (1 if data.byte() < 128 else 50)
+        size = max(1 + data.byte() * (1 if data.byte() < 128 else 50), len(said) // 40)
         fds = [given + index for index in range(data.byte() // 100)]
         given += len(fds)
         try:
