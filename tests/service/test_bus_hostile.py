@@ -38,7 +38,7 @@ SLACK_BYTES = 8 << 20
 # What one hostile frame of 4 MiB may make the broker allocate for a moment.
 PEAK_BYTES = 48 << 20
 # An event, with as many and as costly subscriptions as one user may have.
-PUBLISHED_WITHIN_S = 0.1
+PUBLISHED_WITHIN_S = 0.5
 RECOVERY_S = 15.0
 # Of 65,536 that the broker may have.
 MOST_DESCRIPTORS = 32_768
@@ -603,8 +603,9 @@ def test_subscribers_that_never_read(broker: Broker) -> None:
 
 def test_heartbeats_and_filters_without_number(broker: Broker) -> None:
     """As many subscriptions as a user may have, each with all the work that one can make."""
-    values = {"label": ["x" * 20 + str(i) for i in range(256)], "container!": ["y" * 20 + str(i) for i in range(256)]}
+    values = {f"{field}!": [field * 4 + str(i) for i in range(256)] for field in ("container", "image", "network", "volume")}
     body = packb({"patterns": [f"a{i}.*" for i in range(63)] + [">"], "filters": values, "heartbeat_ms": 100})
+    assert len(body) < 64 << 10
 
     def attacker() -> None:
         peers = [RawPeer(broker.path, "busy") for _ in range(16)]
@@ -623,7 +624,9 @@ def test_heartbeats_and_filters_without_number(broker: Broker) -> None:
             slowest_s = 0.0
             for sequence in range(1, 11):
                 started = time.monotonic()
-                publisher.publish(b"some.event", sequence)
+                said = dict.fromkeys(("container", "image", "network", "volume"), "0" * 64)
+                event = packb({"id": "1" * 64, "time_ns": 1, "attributes": said})
+                publisher.send(wire.PUBLISH, b"container.event", event, arg=sequence)
                 publisher.wait_acknowledged(sequence)
                 slowest_s = max(slowest_s, time.monotonic() - started)
         os.write(go, b"x")
