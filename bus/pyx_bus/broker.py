@@ -27,6 +27,7 @@ from msgpack import packb
 from . import errors
 from .events import Events
 from .journal import Journal, JournalError, Limits
+from .memory import give_back, resident_bytes
 from .peers import Peer
 from .positions import Positions
 from .roles import GROUP, KEPT_FOR_ROOT, MAX_CONNECTIONS, ROOT, SERVICE, Roles, User, credentials, group_id, groups
@@ -41,6 +42,10 @@ HELLO_TIMEOUT_S = 5.0
 READ_SIZE = 256 << 10
 ACCEPT_PAUSE_S = 0.1
 EXPIRE_EVERY_S = 60.0
+# After a connection has ended, what it needed is given back, if it was much. It takes a few ms: what was there at the start isn't
+# looked at (``settle``).
+TIDY_AFTER_S = 0.5
+SPARE_BYTES = 4 << 20
 # A frame that's half received counts against its user's quota from here on; smaller ones are everyday.
 _SMALL = 64 << 10
 _BACKLOG = 1024
@@ -111,6 +116,8 @@ class Broker:
         self._connections: dict[int, Connection] = {}
         self._unintroduced: deque[tuple[float, Connection]] = deque()  # (when its HELLO is overdue, …), in that order
         self._condemned: dict[Connection, str] = {}
+        self._tidy_at = 0.0
+        self._usual_bytes = resident_bytes()
         self._accept_again_at = 0.0
         self._expire_at = time.monotonic() + EXPIRE_EVERY_S
         self._trace = trace
@@ -135,6 +142,8 @@ class Broker:
         until = self._expire_at
         if self._unintroduced:
             until = min(until, self._unintroduced[0][0])
+        if self._tidy_at:
+            until = min(until, self._tidy_at)
         if self._accept_again_at:
             until = min(until, self._accept_again_at)
         wait = max(0.0, until - now)
@@ -164,7 +173,13 @@ class Broker:
             self.events.read_on()
         if self.dirty:
             self._flush()
-        if self._unintroduced or self._condemned or self._accept_again_at or time.monotonic() >= self._expire_at:
+        if (
+            self._unintroduced
+            or self._condemned
+            or self._tidy_at
+            or self._accept_again_at
+            or time.monotonic() >= self._expire_at
+        ):
             self._housekeeping()
 
     def _housekeeping(self) -> None:
@@ -182,6 +197,9 @@ class Broker:
         if self._accept_again_at and now >= self._accept_again_at:
             self._accept_again_at = 0.0
             self._epoll.register(self._listener, _IN)
+        if self._tidy_at and now >= self._tidy_at:
+            self._tidy_at = 0.0
+            give_back(self._usual_bytes + SPARE_BYTES)
         if now >= self._expire_at:
             self._expire_at = now + EXPIRE_EVERY_S
             self._journal.expire(time.time_ns())
@@ -261,8 +279,9 @@ class Broker:
                     log.debug('frame peer="%s" %r', peer.name, frame)
                 try:
                     receive(peer, frame)
-                except ProtocolError:
-                    for rest in frames[index:]:
+                except Exception as error:
+                    # A frame that's refused is still whole; of one that failed otherwise nobody knows who has its descriptors by now.
+                    for rest in frames[index if isinstance(error, ProtocolError) else index + 1 :]:
                         close_fds(rest.fds)
                     raise
             if transport.decoder.buffered_bytes > _SMALL or peer.accounted:
@@ -293,6 +312,7 @@ class Broker:
 
     def _forget(self, peer: Connection) -> None:
         self.router.drop(peer)
+        self._tidy_at = self._tidy_at or time.monotonic() + TIDY_AFTER_S
         del self._connections[peer.transport.fd]
         self._epoll.unregister(peer.transport.fd)
         self.dirty.pop(peer.id, None)

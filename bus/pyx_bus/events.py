@@ -150,7 +150,7 @@ class Events:
                     since = index
             index = len(frames)
         except errors.BusError as error:
-            refusal = error
+            refusal = error.with_traceback(None)  # which would hold this frame, and so the run, until the next collection
         except (IndexError, msgspec.DecodeError, RecursionError) as error:
             refusal = errors.InvalidArgument(f"payload of {topic!r} is not msgpack: {error}")
         if current is not None:

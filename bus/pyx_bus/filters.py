@@ -12,6 +12,8 @@ have to hold; of ``label`` all values have to hold. A field with ``!`` behind it
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from msgpack import unpackb
 
 from . import errors
@@ -37,7 +39,7 @@ class Filter:
     def __init__(self, patterns: list[str], filters: dict[str, list[str]] | None = None) -> None:
         self.patterns = patterns
         self.wanted = [
-            (field.removesuffix("!"), field.endswith("!"), values) for field, values in (filters or {}).items()
+            (field.removesuffix("!"), field.endswith("!"), _Values(values)) for field, values in (filters or {}).items()
         ]
 
     @property
@@ -82,7 +84,24 @@ class Filter:
             return False  # it isn't an event as the contract has them
 
 
-def _holds(field: str, values: list[str], topic: str, actor: str, attributes: dict[str, str]) -> bool:
+class _Values(list[str]):
+    """The values of one field. An ID may be given by its beginning: with ``ids`` by length, looking a name up takes no longer for many."""
+
+    def __init__(self, values: Iterable[str]) -> None:
+        super().__init__(values)
+        self.exact = frozenset(self)
+        self.ids = frozenset(digits for value in self if len(digits := value.removeprefix("sha256:")) >= _SHORTEST_ID)
+        self.lengths = frozenset(map(len, self.ids))
+
+    def names(self, name: str) -> bool:
+        """Whether one of them is this name, or begins this ID."""
+        if name in self.exact:
+            return True
+        bare = name.removeprefix("sha256:")
+        return len(bare) == 64 and any(bare[:length] in self.ids for length in self.lengths)
+
+
+def _holds(field: str, values: _Values, topic: str, actor: str, attributes: dict[str, str]) -> bool:
     if field == "event":
         action = action_of(topic)
         said = {action, f"{action}: {attributes.get(action, '')}"}
@@ -95,13 +114,7 @@ def _holds(field: str, values: list[str], topic: str, actor: str, attributes: di
         names = [str(attributes[field])] if field in attributes else []
     if field == "image":
         names += [name.rpartition(":")[0] for name in names if "/" not in name.rpartition(":")[2]]
-    return any(value in names or _begins_id(value, names) for value in values)
-
-
-def _begins_id(value: str, names: list[str]) -> bool:
-    digits = value.removeprefix("sha256:")
-    bare = [name.removeprefix("sha256:") for name in names]
-    return len(digits) >= _SHORTEST_ID and any(len(name) == 64 and name.startswith(digits) for name in bare)
+    return any(map(values.names, names))
 
 
 def _label(attributes: dict[str, str], wanted: str) -> bool:
