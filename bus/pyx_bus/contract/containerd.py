@@ -36,7 +36,11 @@ class Ulimit(Message, frozen=True, kw_only=True):
 
 
 class ContainerSpec(Message, frozen=True, kw_only=True):
-    """What ``docker create`` takes. None means "as the image says"; an empty list or text overrides it with nothing."""
+    """What ``docker create`` takes. None means "as the image says"; an empty list or text overrides it with nothing.
+
+    ``healthcheck``: what isn't 0 or empty replaces what the image has; a ``test`` of NONE switches it off. ``health_action`` is what
+    happens when it turns unhealthy: none (the default), restart or stop.
+    """
 
     image: str
     name: str = ""
@@ -88,6 +92,7 @@ class ContainerSpec(Message, frozen=True, kw_only=True):
     pull_policy: str = "missing"
     init: bool = False
     healthcheck: HealthCheck | None = None
+    health_action: str = ""
 
 
 class CreateContainer(Message, frozen=True, kw_only=True):
@@ -213,7 +218,8 @@ class RenameContainer(Message, frozen=True, kw_only=True):
 
 
 class ListContainers(Message, frozen=True, kw_only=True):
-    """``filters`` as Docker's: id, name, label, status, ancestor, exited, volume, network, publish, expose, before, since."""
+    """``filters`` as Docker's: id, name, label, status, ancestor, exited, volume, network, publish, expose, before, since,
+    health (starting, healthy, unhealthy, none)."""
 
     all: bool = False
     limit: int = 0
@@ -222,7 +228,8 @@ class ListContainers(Message, frozen=True, kw_only=True):
 
 
 class ContainerSummary(Message, frozen=True, kw_only=True):
-    """A row of ``ps``. ``status`` is Docker's text ("Up 3 minutes"), made at the time of the reply."""
+    """A row of ``ps``. ``status`` is Docker's text ("Up 3 minutes (healthy)"), made at the time of the reply. ``health`` is starting,
+    healthy, unhealthy, or empty for one without a health check."""
 
     id: str
     name: str
@@ -239,6 +246,7 @@ class ContainerSummary(Message, frozen=True, kw_only=True):
     networks: list[str] = []
     size_rw_bytes: int = -1
     size_root_bytes: int = -1
+    health: str = ""
 
 
 class ContainerList(Message, frozen=True, kw_only=True):
@@ -552,6 +560,19 @@ class ContainerTopped(ContainerEvent, frozen=True, kw_only=True):
     topic: ClassVar[str] = "container.top"
 
 
+class ContainerHealthChanged(ContainerEvent, frozen=True, kw_only=True):
+    """Its health has another status: starting (with each start), healthy or unhealthy. Nothing is told of a check that changes nothing;
+    that one which has ended isn't healthy goes without saying.
+
+    Attributes also: health_status, the same. ``failing_streak``: how many checks have failed one after the other.
+    """
+
+    topic: ClassVar[str] = "container.health_status"
+
+    status: str
+    failing_streak: int = 0
+
+
 class ContainerDestroyed(ContainerEvent, frozen=True, kw_only=True):
     """It's gone, name, ports, image and volumes are free. Without attributes for what a kill of the service left half-made."""
 
@@ -559,7 +580,8 @@ class ContainerDestroyed(ContainerEvent, frozen=True, kw_only=True):
 
 
 class ExecEvent(ContainerEvent, frozen=True, kw_only=True):
-    """Attributes also: execID."""
+    """Attributes also: execID; and healthcheck ("true") if it is a health check and nobody's exec: a filter on the label
+    ``healthcheck`` tells them apart (``label!`` leaves them out)."""
 
     exec_id: str = ""
 
@@ -610,6 +632,7 @@ EVENTS = (
     ContainerCopied,
     ContainerExported,
     ContainerTopped,
+    ContainerHealthChanged,
     ContainerDestroyed,
     ExecCreated,
     ExecStarted,

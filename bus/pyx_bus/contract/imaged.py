@@ -23,7 +23,7 @@ class HealthCheck(Message, frozen=True, kw_only=True):
 
 
 class ImageConfig(Message, frozen=True, kw_only=True):
-    """What a container takes over from its image (OCI image-spec, config.md)."""
+    """What a container takes over from its image (OCI image-spec, config.md; Docker's Healthcheck and Shell, which runs a CMD-SHELL)."""
 
     id: str
     reference: str
@@ -39,6 +39,7 @@ class ImageConfig(Message, frozen=True, kw_only=True):
     labels: dict[str, str] = {}
     stop_signal: str = ""
     healthcheck: HealthCheck | None = None
+    shell: list[str] = []
 
 
 class Mount(Message, frozen=True, kw_only=True):

@@ -24,6 +24,11 @@ async def setup(context: Context) -> Service:
     """Build the engine, recover, and register the methods."""
     context.root.chmod(0o700)  # environments are in the database, and people put secrets there
     engine = Engine(context, Store(context.root / "containers.db"))
+
+    async def act_on_health(live: Live) -> None:
+        await service.act_on_health(engine, live)
+
+    engine.act_on_health = act_on_health
     context.exit_stack.callback(engine.close)
     engine.bundles.mkdir(parents=True, exist_ok=True)
     engine.bundles.chmod(0o700)

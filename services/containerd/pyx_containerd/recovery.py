@@ -30,7 +30,7 @@ from pyx_bus.contract.base import Method, Released, Retain
 from pyx_bus.contract.bus import ServiceUp
 
 from . import bundle as bundles
-from . import cgroups, end, kernel, oom, start
+from . import cgroups, checks, end, kernel, oom, start
 from .engine import Engine, Live
 from .errors import KernelError
 from .model import Change, Container, State
@@ -62,6 +62,7 @@ async def recover(engine: Engine) -> None:
 async def _take_up(engine: Engine, live: Live, has_bundle: bool) -> None:
     record = live.record
     was_running = record.state in (State.RUNNING, State.PAUSED)
+    health_known = has_bundle and checks.load(engine, live)
     shim = _connect(engine, live) if has_bundle else None
     if shim is not None:
         live.shim = shim
@@ -80,6 +81,7 @@ async def _take_up(engine: Engine, live: Live, has_bundle: bool) -> None:
                 engine.change(live, Change.PAUSE if paused else Change.UNPAUSE)
                 engine.publish(contract.ContainerPaused if paused else contract.ContainerUnpaused, live.record)
                 engine.background(engine.store.update, live.record)
+            engine.background(checks.resume, engine, live, health_known)
             return
         if state is not None and state.phase == "exited" and state.exit.time_ns != record.finished_at_ns:
             _mark_running(engine, live, state.init_pid, record)
