@@ -40,6 +40,7 @@ _CREATE = (
     Flag("env-file", "", "list", "Read in a file of environment variables", "list"),
     Flag("expose", "", "list", "Expose a port or a range of ports", "list"),
     Flag("group-add", "", "list", "Add additional groups to join", "list"),
+    Flag("health-action", "", "string", 'What to do when it turns unhealthy ("none", "restart", "stop")', "", "none"),
     Flag("health-cmd", "", "string", "Command to run to check health"),
     Flag("health-interval", "", "string", "Time between running the check (ms|s|m|h)", "duration"),
     Flag("health-retries", "", "int", "Consecutive failures needed to report unhealthy"),
