@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from .base import Empty, Event, Message, Method
-from .imaged import Document, HealthCheck
+from .imaged import Document, HealthCheck, ImageID
 from .netd import PortMapping
 from .volumed import MountRequest
 
@@ -380,6 +380,33 @@ class ExportContainer(Message, frozen=True, kw_only=True):
     container: str
 
 
+class CommitContainer(Message, frozen=True, kw_only=True):
+    """Make an image of what a container, running or not, changed over its own image, without volumes and binds; named ``reference`` if
+    given. Its config is the container's, with ``changes`` applied (Dockerfile instructions, see imaged's import).
+
+    ``pause``: a running container stands still while it's read. One commit of a container goes on at a time. A commit that fails or is
+    cancelled leaves no image, and a container that goes on.
+    Errors: not_found, failed_precondition (being removed), and those of imaged's commit.
+    """
+
+    container: str
+    reference: str = ""
+    author: str = ""
+    message: str = ""
+    changes: list[str] = []
+    pause: bool = True
+
+
+class DiffContainer(Message, frozen=True, kw_only=True):
+    """Write what a container changed over its image to descriptor 0 of the request (a pipe's write end or a file), then close it: for
+    each change its kind (A, C, D), a space, the path and a zero byte, as imaged's diff says. Names only, never contents.
+
+    Errors: not_found, failed_precondition (being removed), unavailable (the reader went away).
+    """
+
+    container: str
+
+
 class TopContainer(Message, frozen=True, kw_only=True):
     """The processes of a running container, as the host's ps shows them with ``ps_args`` (none: -ef, as Docker).
 
@@ -443,6 +470,8 @@ STAT = Method("containerd.stat", StatPath, PathStat, idempotent=True)
 COPY_FROM = Method("containerd.copy_from", CopyFrom, Empty)
 COPY_TO = Method("containerd.copy_to", CopyTo, CopiedTo)
 EXPORT = Method("containerd.export", ExportContainer, Empty)
+COMMIT = Method("containerd.commit", CommitContainer, ImageID)
+DIFF = Method("containerd.diff", DiffContainer, Empty, read_only=True)
 TOP = Method("containerd.top", TopContainer, ProcessTable, idempotent=True, read_only=True)
 INFO = Method("containerd.info", Empty, SystemInfo, idempotent=True, read_only=True)
 
@@ -554,6 +583,12 @@ class ContainerExported(ContainerEvent, frozen=True, kw_only=True):
     topic: ClassVar[str] = "container.export"
 
 
+class ContainerCommitted(ContainerEvent, frozen=True, kw_only=True):
+    """An image was made of it. Attributes also: comment, imageID, imageRef (its name, or empty), as Docker's."""
+
+    topic: ClassVar[str] = "container.commit"
+
+
 class ContainerTopped(ContainerEvent, frozen=True, kw_only=True):
     """Somebody asked for its processes."""
 
@@ -612,7 +647,7 @@ class ExecDied(ExecEvent, frozen=True, kw_only=True):
 
 METHODS = (
     CREATE, RUN, START, STOP, RESTART, KILL, PAUSE, UNPAUSE, WAIT, REMOVE, RENAME, LIST, INSPECT, EXEC, ATTACH, DETACH, RESIZE,
-    UPDATE, STAT, COPY_FROM, COPY_TO, EXPORT, TOP, INFO,
+    UPDATE, STAT, COPY_FROM, COPY_TO, EXPORT, COMMIT, DIFF, TOP, INFO,
 )  # fmt: skip
 EVENTS = (
     ContainerCreated,
@@ -631,6 +666,7 @@ EVENTS = (
     ContainerUpdated,
     ContainerCopied,
     ContainerExported,
+    ContainerCommitted,
     ContainerTopped,
     ContainerHealthChanged,
     ContainerDestroyed,

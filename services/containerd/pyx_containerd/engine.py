@@ -68,6 +68,7 @@ class Live:
     - ``hurry``: stop waiting for a slow reader of the last run's output
     - ``restarting``: its exit is the first half of a restart, and not its end
     - ``copying``: held by the one copy in or out that's going on, ``copies`` are those going on or waiting
+    - ``committing``: held by the one commit that's going on
     - ``leaving``: it has ended and removes itself
     - ``watch``: of the health checks, while they go on; ``unchecked``: they don't, and no check is left
     - ``told_health``: the status of its health that is in the journal for sure
@@ -86,6 +87,7 @@ class Live:
     restarting: bool = False
     leaving: bool = False
     copying: trio.Lock = field(default_factory=trio.Lock)
+    committing: trio.Lock = field(default_factory=trio.Lock)
     copies: dict[trio.CancelScope, trio.Event] = field(default_factory=dict)
     logged: trio.Event = field(default_factory=trio.Event)
     executions: dict[str, Execution] = field(default_factory=dict)

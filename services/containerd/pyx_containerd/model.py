@@ -130,6 +130,7 @@ class Container(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     far. ``error`` is why the last start failed. ``attached_volumes`` and ``sandbox`` are what volumed and netd gave; ``sandbox`` only
     while it runs. ``cgroup`` is the path below every hierarchy.
     ``healthcheck`` is the image's with what the spec says otherwise, ``health`` is None if there's nothing to check.
+    ``committing``: a commit has paused it, and lets it go on.
     ``provisional``: made by a ``run`` that hasn't been acknowledged yet; if the service dies before its first start, it goes.
     """
 
@@ -162,6 +163,7 @@ class Container(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     cgroup: str = ""
     restart_count: int = 0
     provisional: bool = False
+    committing: bool = False
     healthcheck: HealthCheck | None = None
     health: Health | None = None
 

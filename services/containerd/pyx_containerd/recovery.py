@@ -7,6 +7,7 @@ What may be there, and what becomes of it:
   Docker's, after whatever still runs of it was killed;
 - a created or exited row whose shim answers: the crash fell between the start and its commit, or into the clean-up of a run: a
   running one is taken up, an ended one cleaned up;
+- a container that a commit had paused: it goes on;
 - a bundle, cgroup or runtime state of an unknown ID: removed. The start was never acknowledged, or the removal was.
 
 An event of what is found changed is published, if perhaps for the second time.
@@ -30,7 +31,7 @@ from pyx_bus.contract.base import Method, Released, Retain
 from pyx_bus.contract.bus import ServiceUp
 
 from . import bundle as bundles
-from . import cgroups, checks, end, kernel, oom, start
+from . import cgroups, checks, commit, end, kernel, oom, start
 from .engine import Engine, Live
 from .errors import KernelError
 from .model import Change, Container, State
@@ -56,6 +57,9 @@ async def recover(engine: Engine) -> None:
             nursery.start_soon(_take_up, engine, live, live.id in present)
         for container_id in present - engine.containers.keys():
             nursery.start_soon(_discard, engine, container_id)
+    for live in engine.containers.values():
+        if live.record.committing:
+            engine.background(commit.release, engine, live)
     _remove_stray_cgroups(engine)
 
 
