@@ -83,6 +83,11 @@ def container_spec(options: Options, host_env: dict[str, str], cwd: str) -> dict
     health = _health(options)
     if health:
         spec["healthcheck"] = health
+    if options.given("health-action"):
+        action = options.text("health-action")
+        if action not in ("none", "restart", "stop"):
+            raise CliError(f"invalid health action: '{action}': must be one of 'none', 'restart' or 'stop'", 125)
+        spec["health_action"] = action
     return spec
 
 

@@ -40,6 +40,7 @@ _CREATE = (
     Flag("env-file", "", "list", "Read in a file of environment variables", "list"),
     Flag("expose", "", "list", "Expose a port or a range of ports", "list"),
     Flag("group-add", "", "list", "Add additional groups to join", "list"),
+    Flag("health-action", "", "string", 'What to do when it turns unhealthy ("none", "restart", "stop")', "", "none"),
     Flag("health-cmd", "", "string", "Command to run to check health"),
     Flag("health-interval", "", "string", "Time between running the check (ms|s|m|h)", "duration"),
     Flag("health-retries", "", "int", "Consecutive failures needed to report unhealthy"),
@@ -124,6 +125,12 @@ COMMANDS = {
         Command("container attach", "run:attach", "CONTAINER",
                 "Attach local standard input, output, and error streams to a running container",
                 (_DETACH_KEYS, Flag("no-stdin", "", "bool", "Do not attach STDIN"), _SIG_PROXY), minimum=1, maximum=1),
+        Command("container commit", "commit:commit", "CONTAINER [REPOSITORY[:TAG]]", "Create a new image from a container's changes", (
+            Flag("author", "a", "string", "Author (e.g., \"John Hannibal Smith <hannibal@a-team.com>\")"),
+            Flag("change", "c", "list", "Apply Dockerfile instruction to the created image", "list"),
+            Flag("message", "m", "string", "Commit message"),
+            Flag("pause", "p", "bool", "Pause container during commit", "", "true"),
+        ), minimum=1, maximum=2),
         Command("container cp", "copy:cp", "CONTAINER:SRC_PATH DEST_PATH|- | SRC_PATH|- CONTAINER:DEST_PATH",
                 "Copy files/folders between a container and the local filesystem", (
             Flag("archive", "a", "bool", "Archive mode (copy all uid/gid information)"),
@@ -132,6 +139,8 @@ COMMANDS = {
         ), minimum=2, maximum=2),
         Command("container create", "run:create", "IMAGE [COMMAND] [ARG...]", "Create a new container", _CREATE,
                 minimum=1, interspersed=False),
+        Command("container diff", "commit:diff", "CONTAINER",
+                "Inspect changes to files or directories on a container's filesystem", minimum=1, maximum=1),
         Command("container exec", "run:exec_", "CONTAINER COMMAND [ARG...]", "Execute a command in a running container", (
             Flag("detach", "d", "bool", "Run command in the background"),
             _DETACH_KEYS,
@@ -277,8 +286,8 @@ ALIASES = {
 ALIASES.update(
     (name, f"container {name}")
     for name in (
-        "attach", "cp", "create", "exec", "export", "kill", "logs", "pause", "port", "rename", "restart", "rm", "run", "start", "stop",
-        "top", "unpause", "update", "wait",
+        "attach", "commit", "cp", "create", "diff", "exec", "export", "kill", "logs", "pause", "port", "rename", "restart", "rm", "run",
+        "start", "stop", "top", "unpause", "update", "wait",
     )
 )  # fmt: skip
 

@@ -211,6 +211,8 @@ def test_every_field_of_a_container_has_its_flag() -> None:
         "--init",
         "--health-cmd",
         "true",
+        "--health-action",
+        "restart",
         "image",
         "cmd",
     ]

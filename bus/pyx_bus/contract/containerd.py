@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from .base import Empty, Event, Message, Method
-from .imaged import Document, HealthCheck
+from .imaged import Document, HealthCheck, ImageID
 from .netd import PortMapping
 from .volumed import MountRequest
 
@@ -36,7 +36,11 @@ class Ulimit(Message, frozen=True, kw_only=True):
 
 
 class ContainerSpec(Message, frozen=True, kw_only=True):
-    """What ``docker create`` takes. None means "as the image says"; an empty list or text overrides it with nothing."""
+    """What ``docker create`` takes. None means "as the image says"; an empty list or text overrides it with nothing.
+
+    ``healthcheck``: what isn't 0 or empty replaces what the image has; a ``test`` of NONE switches it off. ``health_action`` is what
+    happens when it turns unhealthy: none (the default), restart or stop.
+    """
 
     image: str
     name: str = ""
@@ -88,6 +92,7 @@ class ContainerSpec(Message, frozen=True, kw_only=True):
     pull_policy: str = "missing"
     init: bool = False
     healthcheck: HealthCheck | None = None
+    health_action: str = ""
 
 
 class CreateContainer(Message, frozen=True, kw_only=True):
@@ -213,7 +218,8 @@ class RenameContainer(Message, frozen=True, kw_only=True):
 
 
 class ListContainers(Message, frozen=True, kw_only=True):
-    """``filters`` as Docker's: id, name, label, status, ancestor, exited, volume, network, publish, expose, before, since."""
+    """``filters`` as Docker's: id, name, label, status, ancestor, exited, volume, network, publish, expose, before, since,
+    health (starting, healthy, unhealthy, none)."""
 
     all: bool = False
     limit: int = 0
@@ -222,7 +228,8 @@ class ListContainers(Message, frozen=True, kw_only=True):
 
 
 class ContainerSummary(Message, frozen=True, kw_only=True):
-    """A row of ``ps``. ``status`` is Docker's text ("Up 3 minutes"), made at the time of the reply."""
+    """A row of ``ps``. ``status`` is Docker's text ("Up 3 minutes (healthy)"), made at the time of the reply. ``health`` is starting,
+    healthy, unhealthy, or empty for one without a health check."""
 
     id: str
     name: str
@@ -239,6 +246,7 @@ class ContainerSummary(Message, frozen=True, kw_only=True):
     networks: list[str] = []
     size_rw_bytes: int = -1
     size_root_bytes: int = -1
+    health: str = ""
 
 
 class ContainerList(Message, frozen=True, kw_only=True):
@@ -372,6 +380,33 @@ class ExportContainer(Message, frozen=True, kw_only=True):
     container: str
 
 
+class CommitContainer(Message, frozen=True, kw_only=True):
+    """Make an image of what a container, running or not, changed over its own image, without volumes and binds; named ``reference`` if
+    given. Its config is the container's, with ``changes`` applied (Dockerfile instructions, see imaged's import).
+
+    ``pause``: a running container stands still while it's read. One commit of a container goes on at a time. A commit that fails or is
+    cancelled leaves no image, and a container that goes on.
+    Errors: not_found, failed_precondition (being removed), and those of imaged's commit.
+    """
+
+    container: str
+    reference: str = ""
+    author: str = ""
+    message: str = ""
+    changes: list[str] = []
+    pause: bool = True
+
+
+class DiffContainer(Message, frozen=True, kw_only=True):
+    """Write what a container changed over its image to descriptor 0 of the request (a pipe's write end or a file), then close it: for
+    each change its kind (A, C, D), a space, the path and a zero byte, as imaged's diff says. Names only, never contents.
+
+    Errors: not_found, failed_precondition (being removed), unavailable (the reader went away).
+    """
+
+    container: str
+
+
 class TopContainer(Message, frozen=True, kw_only=True):
     """The processes of a running container, as the host's ps shows them with ``ps_args`` (none: -ef, as Docker).
 
@@ -435,6 +470,8 @@ STAT = Method("containerd.stat", StatPath, PathStat, idempotent=True)
 COPY_FROM = Method("containerd.copy_from", CopyFrom, Empty)
 COPY_TO = Method("containerd.copy_to", CopyTo, CopiedTo)
 EXPORT = Method("containerd.export", ExportContainer, Empty)
+COMMIT = Method("containerd.commit", CommitContainer, ImageID)
+DIFF = Method("containerd.diff", DiffContainer, Empty, read_only=True)
 TOP = Method("containerd.top", TopContainer, ProcessTable, idempotent=True, read_only=True)
 INFO = Method("containerd.info", Empty, SystemInfo, idempotent=True, read_only=True)
 
@@ -546,10 +583,29 @@ class ContainerExported(ContainerEvent, frozen=True, kw_only=True):
     topic: ClassVar[str] = "container.export"
 
 
+class ContainerCommitted(ContainerEvent, frozen=True, kw_only=True):
+    """An image was made of it. Attributes also: comment, imageID, imageRef (its name, or empty), as Docker's."""
+
+    topic: ClassVar[str] = "container.commit"
+
+
 class ContainerTopped(ContainerEvent, frozen=True, kw_only=True):
     """Somebody asked for its processes."""
 
     topic: ClassVar[str] = "container.top"
+
+
+class ContainerHealthChanged(ContainerEvent, frozen=True, kw_only=True):
+    """Its health has another status: starting (with each start), healthy or unhealthy. Nothing is told of a check that changes nothing;
+    that one which has ended isn't healthy goes without saying.
+
+    Attributes also: health_status, the same. ``failing_streak``: how many checks have failed one after the other.
+    """
+
+    topic: ClassVar[str] = "container.health_status"
+
+    status: str
+    failing_streak: int = 0
 
 
 class ContainerDestroyed(ContainerEvent, frozen=True, kw_only=True):
@@ -559,7 +615,8 @@ class ContainerDestroyed(ContainerEvent, frozen=True, kw_only=True):
 
 
 class ExecEvent(ContainerEvent, frozen=True, kw_only=True):
-    """Attributes also: execID."""
+    """Attributes also: execID; and healthcheck ("true") if it is a health check and nobody's exec: a filter on the label
+    ``healthcheck`` tells them apart (``label!`` leaves them out)."""
 
     exec_id: str = ""
 
@@ -590,7 +647,7 @@ class ExecDied(ExecEvent, frozen=True, kw_only=True):
 
 METHODS = (
     CREATE, RUN, START, STOP, RESTART, KILL, PAUSE, UNPAUSE, WAIT, REMOVE, RENAME, LIST, INSPECT, EXEC, ATTACH, DETACH, RESIZE,
-    UPDATE, STAT, COPY_FROM, COPY_TO, EXPORT, TOP, INFO,
+    UPDATE, STAT, COPY_FROM, COPY_TO, EXPORT, COMMIT, DIFF, TOP, INFO,
 )  # fmt: skip
 EVENTS = (
     ContainerCreated,
@@ -609,7 +666,9 @@ EVENTS = (
     ContainerUpdated,
     ContainerCopied,
     ContainerExported,
+    ContainerCommitted,
     ContainerTopped,
+    ContainerHealthChanged,
     ContainerDestroyed,
     ExecCreated,
     ExecStarted,

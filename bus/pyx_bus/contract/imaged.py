@@ -23,7 +23,7 @@ class HealthCheck(Message, frozen=True, kw_only=True):
 
 
 class ImageConfig(Message, frozen=True, kw_only=True):
-    """What a container takes over from its image (OCI image-spec, config.md)."""
+    """What a container takes over from its image (OCI image-spec, config.md; Docker's Healthcheck and Shell, which runs a CMD-SHELL)."""
 
     id: str
     reference: str
@@ -39,6 +39,7 @@ class ImageConfig(Message, frozen=True, kw_only=True):
     labels: dict[str, str] = {}
     stop_signal: str = ""
     healthcheck: HealthCheck | None = None
+    shell: list[str] = []
 
 
 class Mount(Message, frozen=True, kw_only=True):
@@ -85,9 +86,10 @@ class ResolveImage(Message, frozen=True, kw_only=True):
 class ImportImage(Message, frozen=True, kw_only=True):
     """A root file system's tar (plain, gzip, zstd, xz, bzip2; descriptor 0 of the request, readable) becomes an image of one layer.
 
-    ``changes`` are Dockerfile instructions as of ``docker import -c`` (CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, USER, VOLUME, WORKDIR,
-    STOPSIGNAL). Errors: invalid_argument (not a tar, truncated, an entry that leaves the root or has an absolute path),
-    resource_exhausted (beyond the configured limits, disk full); nothing is kept then.
+    ``changes`` are Dockerfile instructions as of ``docker import -c`` (CMD, ENTRYPOINT, ENV, EXPOSE, HEALTHCHECK, LABEL, ONBUILD,
+    STOPSIGNAL, USER, VOLUME, WORKDIR).
+    Errors: invalid_argument (not a tar, truncated, an entry that leaves the root or has an absolute path), resource_exhausted (beyond
+    the configured limits, disk full); nothing is kept then.
     """
 
     reference: str = ""
@@ -99,6 +101,44 @@ class ImportImage(Message, frozen=True, kw_only=True):
 class ImageID(Message, frozen=True, kw_only=True):
     id: str
     reference: str = ""
+
+
+class CommitSnapshot(Message, frozen=True, kw_only=True):
+    """A container's changes become a layer on top of its image's, and that an image. Streams one ``SnapshotRead``: from then on the
+    container may change again.
+
+    ``config`` is the container's (its ``id`` and ``reference`` don't count), to which ``changes`` are applied as of import;
+    ``created_by`` is what the history says the layer was made by. Nothing changed: the same layers, and a history entry more.
+    Left out are sockets, files called ``.wh.*`` (a layer would take them for deletions) and empty files and directories that are only
+    there for the runtime to mount on.
+    Errors: not_found (no snapshot), invalid_argument (reference, changes), failed_precondition (127 layers already, released meanwhile,
+    a path of more than 4096 bytes), resource_exhausted. A commit that fails or is cancelled leaves nothing.
+    """
+
+    container_id: str
+    config: ImageConfig
+    reference: str = ""
+    author: str = ""
+    message: str = ""
+    changes: list[str] = []
+    created_by: str = ""
+
+
+class SnapshotRead(Message, frozen=True, kw_only=True):
+    """What was changed has been read. ``size_bytes`` is the layer's, compressed."""
+
+    size_bytes: int = 0
+
+
+class DiffSnapshot(Message, frozen=True, kw_only=True):
+    """Write what a container changed to descriptor 0 of the request, and close it: of each change a kind, a space, the path from the
+    root, and a zero byte. Kinds and rules are Docker's: A added, C changed (a directory also if something in it is), D deleted (with
+    all that was in it); directories come before what's in them, in order of names. Paths are bytes as the file system has them.
+
+    Errors: not_found (no snapshot), failed_precondition (as of commit), unavailable (the reader went away).
+    """
+
+    container_id: str
 
 
 class LoadImages(Message, frozen=True, kw_only=True):
@@ -197,6 +237,8 @@ PREPARE = Method("imaged.prepare", PrepareSnapshot, Snapshot, idempotent=True)
 RELEASE = Method("imaged.release", ReleaseSnapshot, Empty, idempotent=True)
 RETAIN = Method("imaged.retain", Retain, Released, idempotent=True)
 IMPORT = Method("imaged.import", ImportImage, ImageID)
+COMMIT = Method("imaged.commit", CommitSnapshot, ImageID, item=SnapshotRead)
+DIFF = Method("imaged.diff", DiffSnapshot, Empty)
 LOAD = Method("imaged.load", LoadImages, LoadedImages, item=Progress)
 PULL = Method("imaged.pull", PullImage, PulledImage, item=Progress)
 LIST = Method("imaged.list", ListImages, ImageList, idempotent=True, read_only=True)
@@ -207,6 +249,12 @@ REMOVE = Method("imaged.remove", RemoveImage, RemovedImage)
 
 class ImageEvent(Event, frozen=True, kw_only=True):
     """``id`` is the image's; attributes: name (its familiar name, else its ID) and every label of it."""
+
+
+class ImageCreated(ImageEvent, frozen=True, kw_only=True):
+    """Made here, of a container. An image.tag follows if it got a name."""
+
+    topic: ClassVar[str] = "image.create"
 
 
 class ImageImported(ImageEvent, frozen=True, kw_only=True):
@@ -233,5 +281,5 @@ class ImageDeleted(ImageEvent, frozen=True, kw_only=True):
     topic: ClassVar[str] = "image.delete"
 
 
-METHODS = (RESOLVE, PREPARE, RELEASE, RETAIN, IMPORT, LOAD, PULL, LIST, INSPECT, TAG, REMOVE)
-EVENTS = (ImageImported, ImageLoaded, ImagePulled, ImageTagged, ImageUntagged, ImageDeleted)
+METHODS = (RESOLVE, PREPARE, RELEASE, RETAIN, IMPORT, COMMIT, DIFF, LOAD, PULL, LIST, INSPECT, TAG, REMOVE)
+EVENTS = (ImageCreated, ImageImported, ImageLoaded, ImagePulled, ImageTagged, ImageUntagged, ImageDeleted)

@@ -65,7 +65,7 @@ def _linked(path: str, found: dict[str, object]) -> str:
     return os.path.normpath(os.path.join(os.path.split(os.path.normpath("/" + path))[0], text(found, "link_target")))
 
 
-def _stream(connection: Connection, method: str, body: dict[str, object], fd: int, work: Callable[[], None] | None) -> dict[str, object]:
+def stream(connection: Connection, method: str, body: dict[str, object], fd: int, work: Callable[[], None] | None) -> dict[str, object]:
     """Make the call with ``fd`` (closed here), do our side of the pipe, and wait for the result, whose error comes first."""
     from pyx_bus.archive import ArchiveError
 
@@ -131,7 +131,7 @@ def _from(connection: Connection, container: str, source: str, path: str, follow
     if path == "-":
         if os.isatty(1):
             raise CliError("refusing to write an archive to a terminal: redirect it")
-        _stream(connection, "containerd.copy_from", body, os.dup(1), None)
+        stream(connection, "containerd.copy_from", body, os.dup(1), None)
         return 0, ""
     is_directory = stat.S_ISDIR(number(found, "mode"))
     base = os.path.basename(os.path.normpath("/" + source)) if not asserts_directory(source) or source.endswith("/") else "."
@@ -151,7 +151,7 @@ def _from(connection: Connection, container: str, source: str, path: str, follow
         with open(read, "rb", buffering=0) as tar:
             size = archive.unpack(tar, _below(place), keep_owner=keep, rename=(base, new) if base != new else ("", ""))
 
-    _stream(connection, "containerd.copy_from", body, write, work)
+    stream(connection, "containerd.copy_from", body, write, work)
     return size, os.path.abspath(path)
 
 
@@ -191,7 +191,7 @@ def _to(connection: Connection, source: str, container: str, path: str, follow: 
     if source == "-":
         if not stat.S_ISDIR(mode):
             raise CliError(f'destination "{container}:{path}" must be a directory')
-        return number(_stream(connection, "containerd.copy_to", body, os.dup(0), None), "size_bytes"), f"{container}:{path}"
+        return number(stream(connection, "containerd.copy_to", body, os.dup(0), None), "size_bytes"), f"{container}:{path}"
     from pyx_bus import archive
 
     parent, base = split_entry(source)
@@ -207,7 +207,7 @@ def _to(connection: Connection, source: str, container: str, path: str, follow: 
         with open(write, "wb") as tar:
             archive.pack(tar, place, base, arcname)
 
-    return number(_stream(connection, "containerd.copy_to", body, read, work), "size_bytes"), f"{container}:{path}"
+    return number(stream(connection, "containerd.copy_to", body, read, work), "size_bytes"), f"{container}:{path}"
 
 
 def export(options: Options) -> int:
@@ -218,5 +218,5 @@ def export(options: Options) -> int:
         fd = os.dup(1)
     else:
         fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    _stream(connect(options), "containerd.export", {"container": options.args[0]}, fd, None)
+    stream(connect(options), "containerd.export", {"container": options.args[0]}, fd, None)
     return 0

@@ -10,10 +10,10 @@ import trio
 from pyx_bus import errors, masking
 from pyx_bus.contract import containerd as contract
 from pyx_bus.contract.base import Empty
-from pyx_bus.contract.imaged import Document
+from pyx_bus.contract.imaged import Document, ImageID
 from pyx_bus.service import Call, Context, Service
 
-from . import copy, document, execute, host, kernel, listing, probe, recovery, service, start
+from . import commit, copy, document, execute, host, kernel, listing, probe, recovery, service, start
 from . import update as update_
 from .drivers.runtime import Runtime
 from .engine import Engine, Live
@@ -24,6 +24,11 @@ async def setup(context: Context) -> Service:
     """Build the engine, recover, and register the methods."""
     context.root.chmod(0o700)  # environments are in the database, and people put secrets there
     engine = Engine(context, Store(context.root / "containers.db"))
+
+    async def act_on_health(live: Live) -> None:
+        await service.act_on_health(engine, live)
+
+    engine.act_on_health = act_on_health
     context.exit_stack.callback(engine.close)
     engine.bundles.mkdir(parents=True, exist_ok=True)
     engine.bundles.chmod(0o700)
@@ -222,6 +227,15 @@ def methods(engine: Engine) -> Service:
         await copy.export(engine, engine.find(request.container), one_descriptor(call))
         return Empty()
 
+    @bus.method(contract.COMMIT)
+    async def commit_(call: Call, request: contract.CommitContainer) -> ImageID:
+        return await commit.commit(engine, engine.find(request.container), request)
+
+    @bus.method(contract.DIFF)
+    async def diff(call: Call, request: contract.DiffContainer) -> Empty:
+        await commit.diff(engine, engine.find(request.container), one_descriptor(call))
+        return Empty()
+
     @bus.method(contract.TOP)
     async def top(call: Call, request: contract.TopContainer) -> contract.ProcessTable:
         if call.monitor and request.ps_args:
@@ -241,7 +255,7 @@ def methods(engine: Engine) -> Service:
 def one_descriptor(call: Call) -> int:
     """Stays the call's, which closes it at the end."""
     if len(call.fds) != 1:
-        raise errors.InvalidArgument(f"one descriptor is needed, for the archive, not {len(call.fds)}")
+        raise errors.InvalidArgument(f"one descriptor is needed, to write to or read from, not {len(call.fds)}")
     return call.fds[0]
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from pyx_bus.contract.imaged import HealthCheck
 from pyx_bus.contract.netd import PortMapping
 
-from .model import Container, State
+from .model import Container, Health, State
 
 _ZERO_TIME = "0001-01-01T00:00:00Z"
 
@@ -78,6 +79,7 @@ def inspect(container: Container, *, bundle: str, exec_ids: list[str], shim_vers
             "OnBuild": None,
             "Labels": container.labels,
             "StopSignal": f"{spec.stop_signal or container.image.stop_signal or 'SIGTERM'}",
+            **({"Healthcheck": _healthcheck(container.healthcheck)} if container.healthcheck else {}),
             **({"StopTimeout": spec.stop_timeout_s} if spec.stop_timeout_s is not None else {}),
         },
         "NetworkSettings": _network(container),
@@ -98,7 +100,33 @@ def _state(container: Container) -> dict[str, Any]:
         "Error": container.error,
         "StartedAt": timestamp(container.started_at_ns),
         "FinishedAt": timestamp(container.finished_at_ns),
+        **({"Health": _health(container.health)} if container.health else {}),
     }
+
+
+def _health(health: Health) -> dict[str, Any]:
+    log = [
+        {
+            "Start": timestamp(result.started_at_ns),
+            "End": timestamp(result.ended_at_ns),
+            "ExitCode": result.exit_code,
+            "Output": result.output,
+        }
+        for result in health.log
+    ]
+    return {"Status": health.status.value, "FailingStreak": health.failing_streak, "Log": log}
+
+
+def _healthcheck(check: HealthCheck) -> dict[str, Any]:
+    found = {
+        "Test": check.test,
+        "Interval": check.interval_ns,
+        "Timeout": check.timeout_ns,
+        "StartPeriod": check.start_period_ns,
+        "StartInterval": check.start_interval_ns,
+        "Retries": check.retries,
+    }
+    return {key: value for key, value in found.items() if value}
 
 
 def _host_config(container: Container) -> dict[str, Any]:

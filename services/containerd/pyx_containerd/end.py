@@ -22,7 +22,7 @@ from pyx_bus.contract import containerd as contract
 from pyx_bus.contract import imaged, logd, netd, volumed
 
 from . import bundle as bundles
-from . import cgroups, copy, execute, kernel, oom
+from . import cgroups, checks, copy, execute, health, kernel, oom
 from .drivers.runtime import Runtime
 from .engine import SERVICE_TIMEOUT_S, Engine, Live
 from .errors import KernelError
@@ -42,6 +42,7 @@ async def ended(engine: Engine, live: Live, exit_: Exit) -> None:
     await live.spawned.wait()
     if not live.running:
         return
+    checks.stop(live)
     record = live.record
     oom_kills = kernel.oom_kills(record.cgroup)
     engine.change(
@@ -53,6 +54,7 @@ async def ended(engine: Engine, live: Live, exit_: Exit) -> None:
         oom_killed=oom_kills > 0,
         finished_at_ns=exit_.time_ns,
         sandbox=None,
+        health=health.ended(record.health),
     )
     for execution in list(live.executions.values()):  # its end took them along
         execution.ended.set()

@@ -35,6 +35,10 @@ Progress = Callable[[contract.RunProgress], Awaitable[None]]
 SERVICE_TIMEOUT_S = 30.0  # for one step asked of another service: long enough for its restart
 
 
+async def _nothing(live: Live) -> None:
+    return
+
+
 def _set_event() -> trio.Event:
     event = trio.Event()
     event.set()
@@ -43,9 +47,10 @@ def _set_event() -> trio.Event:
 
 @dataclass(eq=False)
 class Execution:
-    """A process of an exec that runs."""
+    """A process of an exec that runs. ``attributes``: what its events have beside the exec's own."""
 
     key: str
+    attributes: dict[str, str] = field(default_factory=dict)
     ended: trio.Event = field(default_factory=trio.Event)
     exit: Exit | None = None
 
@@ -63,7 +68,10 @@ class Live:
     - ``hurry``: stop waiting for a slow reader of the last run's output
     - ``restarting``: its exit is the first half of a restart, and not its end
     - ``copying``: held by the one copy in or out that's going on, ``copies`` are those going on or waiting
+    - ``committing``: held by the one commit that's going on
     - ``leaving``: it has ended and removes itself
+    - ``watch``: of the health checks, while they go on; ``unchecked``: they don't, and no check is left
+    - ``told_health``: the status of its health that is in the journal for sure
     """
 
     record: Container
@@ -79,9 +87,13 @@ class Live:
     restarting: bool = False
     leaving: bool = False
     copying: trio.Lock = field(default_factory=trio.Lock)
+    committing: trio.Lock = field(default_factory=trio.Lock)
     copies: dict[trio.CancelScope, trio.Event] = field(default_factory=dict)
     logged: trio.Event = field(default_factory=trio.Event)
     executions: dict[str, Execution] = field(default_factory=dict)
+    watch: trio.CancelScope | None = None
+    unchecked: trio.Event = field(default_factory=_set_event)
+    told_health: str = ""
 
     @property
     def id(self) -> str:
@@ -123,6 +135,8 @@ class Engine:
         self.choice: Choice | None = None
         self.chosen = trio.Event()
         self.cpus = os.cpu_count() or 1
+        self.check_slots = trio.Semaphore(max(2, self.cpus))  # health checks being started: a hundred due at once mustn't crowd us
+        self.act_on_health: Callable[[Live], Awaitable[None]] = _nothing  # for one that has turned unhealthy
 
     # finding ---------------------------------------------------------------------------------------------------------
 

@@ -35,6 +35,28 @@ async def execute(
 
     If the caller goes away the process goes on. Errors: see ``contract.ExecContainer``.
     """
+    execution, master, _ = await begin(engine, live, request, fds)
+    try:
+        await started(execution.key, master)
+    finally:
+        if master >= 0:
+            os.close(master)
+    if request.detach:
+        return contract.ExitStatus(id=live.id)
+    await execution.ended.wait()
+    return _status(live, execution)
+
+
+async def begin(
+    engine: Engine,
+    live: Live,
+    request: contract.ExecContainer,
+    fds: Sequence[int],
+    *,
+    key: str = "",
+    attributes: dict[str, str] | None = None,
+) -> tuple[Execution, int, int]:
+    """Start it: (the execution, the terminal's master or -1, yours; the process's PID). Errors: see ``contract.ExecContainer``."""
     if live.record.state is State.PAUSED:
         raise is_paused(live.record.name)
     connection = live.shim
@@ -42,21 +64,21 @@ async def execute(
         raise not_running(live.record.name)
     if not request.args:
         raise errors.InvalidArgument("no command specified")
-    execution = Execution(key=os.urandom(8).hex())
+    execution = Execution(key=key or new_key(), attributes=attributes or {})
     bundle = engine.bundle(live.id)
     runtime = await engine.runtime(live.record.runtime)
     engine.warm()
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     live.executions[execution.key] = execution
     told = {"exec_id": execution.key}
-    details = {"execID": execution.key, "command": " ".join(request.args)}
+    details = {"execID": execution.key, "command": " ".join(request.args), **execution.attributes}
     engine.publish(contract.ExecCreated, live.record, told, **details)
     try:
         stdio = None if request.tty else _stdio(request, fds, null)
         _write_process(live, bundle, execution.key, request)
         try:
             with trio.CancelScope(shield=True):  # a cancelled caller mustn't leave a process nobody knows of; it's bounded
-                _, master = await connection.spawn(
+                pid, master = await connection.spawn(
                     execution.key,
                     runtime.exec(live.id, execution.key, tty=request.tty),
                     f"exec-{execution.key}.pid",
@@ -71,8 +93,7 @@ async def execute(
             failure = parse_failure(log, failed.exit_code)
             raise exec_failed(failure.reason, failure.exit_code) from None
         finally:
-            for suffix in ("json", "pid", "log"):
-                (bundle / f"exec-{execution.key}.{suffix}").unlink(missing_ok=True)
+            remove_files(bundle, execution.key)
     except BaseException as failure:
         code = failure.details.get("exit_code", "") if isinstance(failure, errors.BusError) else ""
         execution.exit = Exit(execution.key, int(code) if code.isdigit() else 126, 0, time.time_ns())
@@ -83,15 +104,17 @@ async def execute(
     if execution.key in live.executions:  # else the container has ended meanwhile
         engine.publish(contract.ExecStarted, live.record, told, **details)
     engine.background(_ended, engine, live, execution)
-    try:
-        await started(execution.key, master)
-    finally:
-        if master >= 0:
-            os.close(master)
-    if request.detach:
-        return contract.ExitStatus(id=live.id)
-    await execution.ended.wait()
-    return _status(live, execution)
+    return execution, master, pid
+
+
+def new_key() -> str:
+    return os.urandom(8).hex()
+
+
+def remove_files(bundle: Path, key: str) -> None:
+    """What its start needed."""
+    for suffix in ("json", "pid", "log"):
+        (bundle / f"exec-{key}.{suffix}").unlink(missing_ok=True)
 
 
 def _stdio(request: contract.ExecContainer, fds: Sequence[int], null: int) -> tuple[int, int, int]:
@@ -166,7 +189,7 @@ def over(engine: Engine, live: Live, execution: Execution) -> None:
         return
     code = _status(live, execution).exit_code
     fields = {"exec_id": execution.key, "exit_code": code}
-    engine.publish(contract.ExecDied, live.record, fields, execID=execution.key, exitCode=str(code))
+    engine.publish(contract.ExecDied, live.record, fields, execID=execution.key, exitCode=str(code), **execution.attributes)
 
 
 def _status(live: Live, execution: Execution) -> contract.ExitStatus:

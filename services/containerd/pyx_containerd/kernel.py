@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import signal
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -396,3 +397,85 @@ def process_start(pid: int) -> int:
     except OSError:
         return 0
     return int(stat.rsplit(b") ", 1)[1].split()[19])
+
+
+# processes --------------------------------------------------------------------------------------------------------------
+
+
+_LOOKS = 1000  # a family that outgrows as many looks at it, each stopping all it finds, can't be
+
+
+def _family(pid: int) -> tuple[int, int]:
+    """(parent, session) of a process (proc_pid_stat(5)); zeros if there's no such process."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rsplit(b") ", 1)[1].split()
+    except (OSError, IndexError):
+        return 0, 0
+    return int(fields[1]), int(fields[3])
+
+
+def kill_tree(cgroup: str, pid: int) -> int:
+    """SIGKILL to a process of a cgroup and to what it has begun: who descends from it, and its session if it leads one (who was orphaned
+    is still in that). How many there were.
+
+    Each is stopped before the next look, so that at the end nobody is left to fork. Only processes of the cgroup are ever touched.
+    """
+    found: dict[int, int] = {}
+    try:
+        for _ in range(_LOOKS):
+            families = {member: _family(member) for member in cgroup_processes(cgroup) if member not in found}
+            kin = {pid, *found}
+            fresh: list[int] = []
+            grown = True
+            while grown:
+                more = [member for member, (parent, session) in families.items() if member not in kin and (parent in kin or session == pid)]
+                grown = bool(more)
+                kin.update(more)
+                fresh += more
+            if pid in families:
+                fresh.append(pid)
+            if not fresh:
+                break
+            for member in fresh:
+                _stop(member, families[member], found)
+        for descriptor in found.values():
+            _signal(descriptor, signal.SIGKILL)
+        return len(found)
+    finally:
+        for descriptor in found.values():
+            os.close(descriptor)
+
+
+def _stop(pid: int, family: tuple[int, int], found: dict[int, int]) -> None:
+    """Stop a process, and keep a descriptor of it. If it has gone meanwhile, and its number perhaps is another's, nothing happens."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except OSError:
+        return
+    if _family(pid) != family:
+        os.close(descriptor)
+        return
+    found[pid] = descriptor
+    _signal(descriptor, signal.SIGSTOP)
+
+
+def _signal(descriptor: int, number: int) -> None:
+    try:
+        signal.pidfd_send_signal(descriptor, number)
+    except ProcessLookupError:
+        pass
+
+
+def children_with(parent: int, word: str) -> list[int]:
+    """Descriptors (pidfd_open(2), readable at its end) of the children of ``parent`` that have ``word`` among their arguments."""
+    found = []
+    for name in os.listdir("/proc"):
+        if not name.isdigit() or _family(int(name))[0] != parent:
+            continue
+        try:
+            arguments = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
+            if word.encode() in arguments:
+                found.append(os.pidfd_open(int(name)))
+        except OSError:
+            continue
+    return found

@@ -8,13 +8,14 @@ from collections.abc import Iterable
 from pyx_bus.contract.containerd import ContainerSummary
 from pyx_bus.errors import InvalidArgument, NotFound
 
-from .model import Container, State, resolve
+from .model import Container, HealthStatus, State, resolve
 from .status import status_text
 
 _FILTERS_WORDS = """
     id name label status ancestor exited volume network publish expose before since health is-task
 """
 FILTERS = frozenset(_FILTERS_WORDS.split())
+HEALTH_VALUES = (*HealthStatus, "none")
 
 
 def select(
@@ -31,6 +32,9 @@ def select(
     for state in filters.get("status", []):
         if state not in set(State):
             raise InvalidArgument(f'invalid value for filter "status": "{state}"')
+    for value in filters.get("health", []):
+        if value not in HEALTH_VALUES:
+            raise InvalidArgument(f'invalid value for filter "health": "{value}" ({", ".join(HEALTH_VALUES)})')
     newest = sorted(containers, key=lambda container: container.created_at_ns, reverse=True)
     every = all_ or limit > 0 or bool({"status", "exited", "before", "since"} & filters.keys())
     after = before = None
@@ -84,6 +88,8 @@ def _matches(container: Container, name: str, values: list[str]) -> bool:
         case "publish":
             ports = container.sandbox.ports if container.sandbox else container.spec.ports
             return any(_port(value, port.host_port, port.protocol) for value in values for port in ports)
+        case "health":
+            return (container.health.status.value if container.health else "none") in values
         case "expose":
             return any((value if "/" in value else value + "/tcp") in container.exposed_ports for value in values)
         case _:
@@ -138,4 +144,5 @@ def summary(container: Container, now_ns: int) -> ContainerSummary:
         labels=container.labels,
         mounts=[volume.name or volume.source for volume in container.attached_volumes],
         networks=list(networks),
+        health=container.health.status.value if container.health else "",
     )

@@ -13,7 +13,7 @@ from typing import NewType
 import msgspec
 
 from pyx_bus.contract.containerd import ContainerSpec
-from pyx_bus.contract.imaged import ImageConfig, Mount
+from pyx_bus.contract.imaged import HealthCheck, ImageConfig, Mount
 from pyx_bus.contract.netd import Sandbox
 from pyx_bus.contract.volumed import MountPoint
 
@@ -98,12 +98,39 @@ class Process(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     stop_signal: int
 
 
+class HealthStatus(enum.StrEnum):
+    """Docker's words for how a container with a health check is."""
+
+    STARTING = "starting"
+    HEALTHY = "healthy"
+    UNHEALTHY = "unhealthy"
+
+
+class CheckResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One check. ``exit_code`` -1: it couldn't be run, or took too long."""
+
+    started_at_ns: int
+    ended_at_ns: int
+    exit_code: int
+    output: str = ""
+
+
+class Health(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the checks came to. ``log`` has the last five, the oldest first, over restarts of the container."""
+
+    status: HealthStatus
+    failing_streak: int = 0
+    log: list[CheckResult] = []
+
+
 class Container(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A container's record, as kept on disk. Frozen: a change makes a new one.
 
     ``exit_code`` and ``finished_at_ns`` are the last run's; ``oom_kills`` is how many of its processes the OOM killer ended, as told so
     far. ``error`` is why the last start failed. ``attached_volumes`` and ``sandbox`` are what volumed and netd gave; ``sandbox`` only
     while it runs. ``cgroup`` is the path below every hierarchy.
+    ``healthcheck`` is the image's with what the spec says otherwise, ``health`` is None if there's nothing to check.
+    ``committing``: a commit has paused it, and lets it go on.
     ``provisional``: made by a ``run`` that hasn't been acknowledged yet; if the service dies before its first start, it goes.
     """
 
@@ -136,6 +163,9 @@ class Container(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     cgroup: str = ""
     restart_count: int = 0
     provisional: bool = False
+    committing: bool = False
+    healthcheck: HealthCheck | None = None
+    health: Health | None = None
 
 
 def resolve(reference: str, ids: Mapping[str, object], names: Mapping[str, str]) -> list[str]:

@@ -12,6 +12,7 @@ from pyx_bus.contract.netd import PortMapping
 from pyx_bus.contract.volumed import MountRequest
 from pyx_bus.errors import InvalidArgument
 
+from . import health
 from .model import Process
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -96,6 +97,7 @@ def check(spec: ContainerSpec, cpus: int) -> None:
             raise InvalidArgument(f'invalid sysctl: "{key}={value}"')
     if spec.network.partition(":")[0] in ("host", "container") and spec.ports:
         raise InvalidArgument(f'ports can\'t be published with network "{spec.network}"')
+    health.check_action(spec.health_action)
     _check_modes(spec)
     check_resources(spec.resources, cpus)
 

@@ -7,6 +7,7 @@ What may be there, and what becomes of it:
   Docker's, after whatever still runs of it was killed;
 - a created or exited row whose shim answers: the crash fell between the start and its commit, or into the clean-up of a run: a
   running one is taken up, an ended one cleaned up;
+- a container that a commit had paused: it goes on;
 - a bundle, cgroup or runtime state of an unknown ID: removed. The start was never acknowledged, or the removal was.
 
 An event of what is found changed is published, if perhaps for the second time.
@@ -30,7 +31,7 @@ from pyx_bus.contract.base import Method, Released, Retain
 from pyx_bus.contract.bus import ServiceUp
 
 from . import bundle as bundles
-from . import cgroups, end, kernel, oom, start
+from . import cgroups, checks, commit, end, kernel, oom, start
 from .engine import Engine, Live
 from .errors import KernelError
 from .model import Change, Container, State
@@ -56,12 +57,16 @@ async def recover(engine: Engine) -> None:
             nursery.start_soon(_take_up, engine, live, live.id in present)
         for container_id in present - engine.containers.keys():
             nursery.start_soon(_discard, engine, container_id)
+    for live in engine.containers.values():
+        if live.record.committing:
+            engine.background(commit.release, engine, live)
     _remove_stray_cgroups(engine)
 
 
 async def _take_up(engine: Engine, live: Live, has_bundle: bool) -> None:
     record = live.record
     was_running = record.state in (State.RUNNING, State.PAUSED)
+    health_known = has_bundle and checks.load(engine, live)
     shim = _connect(engine, live) if has_bundle else None
     if shim is not None:
         live.shim = shim
@@ -80,6 +85,7 @@ async def _take_up(engine: Engine, live: Live, has_bundle: bool) -> None:
                 engine.change(live, Change.PAUSE if paused else Change.UNPAUSE)
                 engine.publish(contract.ContainerPaused if paused else contract.ContainerUnpaused, live.record)
                 engine.background(engine.store.update, live.record)
+            engine.background(checks.resume, engine, live, health_known)
             return
         if state is not None and state.phase == "exited" and state.exit.time_ns != record.finished_at_ns:
             _mark_running(engine, live, state.init_pid, record)

@@ -15,7 +15,7 @@ from pyx_bus.contract import containerd as contract
 from pyx_bus.contract import imaged, logd, netd, volumed
 
 from . import bundle as bundles
-from . import copy, end, kernel, names, plan, processes, start
+from . import checks, copy, end, health, kernel, names, plan, processes, start
 from .drivers.runtime import parse_failure
 from .engine import SERVICE_TIMEOUT_S, Engine, Live, Progress
 from .errors import KernelError, is_paused, name_taken, no_such_container, not_running, start_failed
@@ -190,6 +190,7 @@ def _record(
         rootfs_mounts=snapshot.mounts,
         writable_path=snapshot.writable_path,
         snapshotter=snapshot.snapshotter,
+        healthcheck=health.merged(spec.healthcheck, image.healthcheck),
         cgroup=f"{spec.cgroup_parent.rstrip('/') if spec.cgroup_parent else engine.cgroup_parent}/{container_id}",
     )
 
@@ -243,11 +244,19 @@ async def stop(engine: Engine, live: Live, signal: str, timeout_s: int | None) -
         timeout_s = DEFAULT_STOP_TIMEOUT_S
     exited = live.exited
     await _signal(engine, live, number)
+    checks.stop(live)  # what has been asked to end needn't be found unhealthy
+    try:
+        await _stopped(engine, live, exited, timeout_s)
+    finally:
+        checks.begin(engine, live)  # if it goes on, because whoever asked has gone
+    engine.publish(contract.ContainerStopped, live.record)
+
+
+async def _stopped(engine: Engine, live: Live, exited: trio.Event, timeout_s: int) -> None:
     with trio.move_on_after(float("inf") if timeout_s < 0 else timeout_s):
         await exited.wait()
     if not exited.is_set():
         await _force(engine, live)
-    engine.publish(contract.ContainerStopped, live.record)
 
 
 async def _signal(engine: Engine, live: Live, number: int) -> None:
@@ -270,6 +279,7 @@ async def _signal(engine: Engine, live: Live, number: int) -> None:
 async def _unpaused(engine: Engine, live: Live) -> None:
     engine.change(live, Change.UNPAUSE)
     engine.publish(contract.ContainerUnpaused, live.record)
+    checks.begin(engine, live)
     await engine.store.update(live.record)
 
 
@@ -309,14 +319,29 @@ async def restart(engine: Engine, live: Live, signal: str, timeout_s: int | None
     engine.publish(contract.ContainerRestarted, live.record)
 
 
+async def act_on_health(engine: Engine, live: Live) -> None:
+    """What ``--health-action`` says of a container that has turned unhealthy."""
+    action = live.record.spec.health_action
+    engine.log.warning("acting on an unhealthy container", container=live.id, action=action)
+    if action == "restart":
+        await restart(engine, live, "", None)
+    elif action == "stop":
+        await stop(engine, live, "", None)
+
+
 async def pause(engine: Engine, live: Live) -> None:
     if live.record.state is State.PAUSED:
         raise errors.FailedPrecondition(f'container "{live.record.name}" is already paused')
     if not live.running or live.shim is None:
         raise not_running(live.record.name)
     runtime = await engine.runtime(live.record.runtime)
-    await _runtime_run(engine, live, runtime.pause(live.id))
-    engine.change(live, Change.PAUSE)
+    checks.stop(live)
+    try:
+        await live.unchecked.wait()
+        await _runtime_run(engine, live, runtime.pause(live.id))
+        engine.change(live, Change.PAUSE)
+    finally:
+        checks.begin(engine, live)  # if it isn't paused
     engine.publish(contract.ContainerPaused, live.record)
     await engine.store.update(live.record)
 

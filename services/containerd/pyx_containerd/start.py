@@ -26,7 +26,7 @@ from pyx_bus.contract import logd, netd, volumed
 from pyx_bus.contract.base import Method, Req, Res
 
 from . import bundle as bundles
-from . import copy, end, kernel, oci, oom, plan, shim
+from . import checks, copy, end, kernel, oci, oom, plan, shim
 from .drivers.runtime import LOG_FILE, PID_FILE, Runtime, parse_failure
 from .engine import SERVICE_TIMEOUT_S, Engine, Live
 from .errors import KernelError, is_paused, not_running, start_failed
@@ -331,6 +331,7 @@ def _now_running(engine: Engine, live: Live, pid: int, attach: contract.AttachOp
     engine.publish(contract.ContainerStarted, live.record)
     if live.record.spec.tty and attach.rows:
         engine.publish(contract.ContainerResized, live.record, height=str(attach.rows), width=str(attach.columns))
+    checks.started(engine, live)
     engine.background(oom.watch, engine, live)
     live.spawned.set()
     live.begins.set()

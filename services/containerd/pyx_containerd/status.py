@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import health
 from .model import Container, State
 
 SECOND_NS = 1_000_000_000
@@ -41,7 +42,7 @@ def status_text(container: Container, now_ns: int) -> str:
     ago = human_duration(max(0, now_ns - container.finished_at_ns))
     match container.state:
         case State.RUNNING:
-            return f"Up {up}"
+            return f"Up {up}" + (f" ({health.in_brackets(container.health)})" if container.health else "")
         case State.PAUSED:
             return f"Up {up} (Paused)"
         case State.RESTARTING:

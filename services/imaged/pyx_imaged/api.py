@@ -20,6 +20,7 @@ from pyx_bus.errors import FailedPrecondition, InvalidArgument, ResourceExhauste
 from pyx_bus.service import Call, Context, Service
 
 from . import kernel, platforms
+from .commit import Commits
 from .drivers.base import Snapshotter
 from .drivers.copy import Copy
 from .drivers.overlayfs import Overlayfs
@@ -137,11 +138,12 @@ async def setup(context: Context) -> Service:
     workers = Workers(limits, allow_absolute=config.allow_absolute_names)
     registry = Registry(config.insecure_registries)
     transfers = Transfers(library, workers, registry, host, context.bus.publish, context.nursery)
+    commits = Commits(library, workers, transfers, snapshotters, context.bus.publish)
     context.log.info("ready", **images.describe())
-    return _service(images, transfers)
+    return _service(images, transfers, commits)
 
 
-def _service(images: Images, transfers: Transfers) -> Service:
+def _service(images: Images, transfers: Transfers, commits: Commits) -> Service:
     service = Service("imaged")
 
     @service.method(contract.RESOLVE)
@@ -167,6 +169,17 @@ def _service(images: Images, transfers: Transfers) -> Service:
     async def import_image(call: Call, request: contract.ImportImage) -> contract.ImageID:
         with _descriptor(call) as fd, _disk_full_is_no_bug():
             return await transfers.import_image(request, fd)
+
+    @service.method(contract.COMMIT)
+    async def commit(call: Call, request: contract.CommitSnapshot) -> contract.ImageID:
+        with _disk_full_is_no_bug():
+            return await commits.commit(request, call.send)
+
+    @service.method(contract.DIFF)
+    async def diff(call: Call, request: contract.DiffSnapshot) -> Empty:
+        with _descriptor(call) as fd:
+            await commits.diff(request.container_id, fd)
+        return Empty()
 
     @service.method(contract.LOAD)
     async def load(call: Call, request: contract.LoadImages) -> contract.LoadedImages:

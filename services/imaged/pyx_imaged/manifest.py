@@ -214,6 +214,7 @@ def image_config(image_id: ImageID, name: str, config: Mapping[str, Any]) -> Ima
         labels={str(key): str(value) for key, value in labels.items()} if isinstance(labels, dict) else {},
         stop_signal=str(inner.get("StopSignal") or ""),
         healthcheck=health,
+        shell=strings(inner.get("Shell")),
     )
 
 

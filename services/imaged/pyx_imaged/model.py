@@ -90,6 +90,16 @@ class UnpackResult(msgspec.Struct, frozen=True):
     implied: list[str]
 
 
+class PackResult(msgspec.Struct, frozen=True):
+    """What ``worker.pack_changes`` made: as of a blob. ``entries`` 0: nothing was changed. ``left_out``: what a layer can't have."""
+
+    digest: str
+    size: int
+    diff_id: str
+    entries: int
+    left_out: int
+
+
 class Member(msgspec.Struct, frozen=True):
     """A member of an outer archive; ``number`` is its file's name in the spool directory, -1 if it has none."""
 

@@ -84,10 +84,10 @@ class Transfers:
 
     async def import_image(self, request: contract.ImportImage, source: int) -> contract.ImageID:
         """A root file system's tar from descriptor ``source`` (not closed here) as an image of one layer."""
-        target = self._new_name(request.reference)
+        target = self.new_name(request.reference)
         platform = platforms.parse(request.platform, self._host) if request.platform else self._host
         inner = changes.apply({}, request.changes)
-        with self._scratch() as (directory, blob):
+        with self.scratch() as (directory, blob):
             result = await self._workers.unpack(
                 source, directory, base=True, blob=blob, strict_end=True, progress=lambda _: None
             )
@@ -105,7 +105,7 @@ class Transfers:
                 }
             ).encode()
             chain_id = ChainID(diff_id)
-            async with self._clearing_up(), self._only_one(chain_id):
+            async with self.clearing_up(), self.only_one(chain_id):
                 with self._library.holding([chain_id], [Digest(result.digest)]):
                     if chain_id not in self._library.layers:
                         media_type = _MEDIA_TYPES.get(result.compression, manifest.OCI_LAYER)
@@ -115,7 +115,7 @@ class Transfers:
                     image_id = await self._add(config, (chain_id,), "", {sha256(config): config}, names, told)
         return contract.ImageID(id=image_id, reference=told.name)
 
-    def _new_name(self, text: str) -> reference.Reference | None:
+    def new_name(self, text: str) -> reference.Reference | None:
         if not text:
             return None
         parsed = reference.parse(text)
@@ -300,7 +300,7 @@ class Transfers:
         """Get every layer that isn't here, then store the image. On failure what came with it goes again."""
         chains = tuple(layer.chain_id for layer in layers)
         held = [*(Digest(layer.digest) for layer in layers if layer.digest), *documents]
-        async with self._clearing_up(resumable=resumable):
+        async with self.clearing_up(resumable=resumable):
             with self._library.holding(chains, held):
                 limiter = trio.CapacityLimiter(_PARALLEL_LAYERS)
                 failures: list[BusError] = []
@@ -325,11 +325,11 @@ class Transfers:
         label = short(layer.digest or layer.diff_id)
         library = self._library
         try:
-            async with limiter, self._only_one(layer.chain_id):
+            async with limiter, self.only_one(layer.chain_id):
                 if layer.chain_id in library.layers:
                     reporter.now(label, "Already exists")
                     return
-                with self._scratch() as (directory, blob):
+                with self.scratch() as (directory, blob):
                     result = await fetch(layer, directory, blob)
                     _verify(layer, result)
                     kept = blob if blob.exists() else None
@@ -360,7 +360,7 @@ class Transfers:
         return image.id
 
     @contextmanager
-    def _scratch(self) -> Iterator[tuple[Path, Path]]:
+    def scratch(self) -> Iterator[tuple[Path, Path]]:
         """An empty directory and the path of a file to be; whatever is still there at the end is discarded."""
         directory, blob = self._library.disk.ingest_directory(), self._library.disk.ingest()
         try:
@@ -370,7 +370,7 @@ class Transfers:
             self._library.discard(blob)
 
     @asynccontextmanager
-    async def _clearing_up(self, *, resumable: bool = False) -> AsyncIterator[None]:
+    async def clearing_up(self, *, resumable: bool = False) -> AsyncIterator[None]:
         """If the block fails, layers and blobs it brought and no image uses go again.
 
         If it's ``resumable`` and was interrupted (cancelled, or the registry went away), whole layers stay for a while: who asks
@@ -393,7 +393,7 @@ class Transfers:
             await self._library.collect()
 
     @asynccontextmanager
-    async def _only_one(self, chain_id: ChainID) -> AsyncIterator[None]:
+    async def only_one(self, chain_id: ChainID) -> AsyncIterator[None]:
         """One transfer at a time gets a layer; the others wait, and find it there."""
         lock = self._busy.setdefault(chain_id, trio.Lock())
         try:

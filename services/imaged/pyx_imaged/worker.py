@@ -5,7 +5,8 @@ gets JSON lines: ``{"progress": bytes read}`` a few times a second, at last ``{"
 The job's ``lifeline`` is a pipe that imaged holds open: when it ends, imaged is gone or has lost interest, and so the worker ends at once.
 
 Job ``unpack``: decompress, digest both ways, extract into ``root`` (chrooted into it first), and keep the bytes as they came in the
-file ``blob`` if given. Job ``spool``: keep each member of an outer archive as a numbered file in ``directory``.
+file ``blob`` if given. Job ``spool``: keep each member of an outer archive as a numbered file in ``directory``. Job ``pack``: what a
+container changed becomes a layer in the file ``blob`` (difference.py, pack.py). Job ``diff``: it's listed on the descriptor ``out``.
 
 One thread reads, digests and decompresses (in C, without the GIL), the other extracts.
 """
@@ -26,7 +27,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from . import decompress, tarstream
+from . import decompress, difference, tarstream
 from .extract import Extractor, LayerError, LimitError, Limits
 
 _READ = 256 << 10
@@ -245,6 +246,47 @@ def _data(plain: Plain, size: int) -> Iterator[bytes | memoryview]:
         yield data
 
 
+def _sides(job: dict[str, Any]) -> difference.Sides:
+    """Opened; from here on there's nothing to be found by a path: a second fence, as for unpacking."""
+    try:
+        own = os.open(job["own"], os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise difference.TreeError("the container was removed meanwhile") from None
+    layers = [os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) for path in job["layers"]]
+    os.chroot(job["empty"])
+    os.chdir("/")
+    return difference.Sides(own, layers, job["overlay"], job["since_ns"])
+
+
+def pack_changes(job: dict[str, Any]) -> dict[str, Any]:
+    """A container's changes as a layer's blob."""
+    from . import pack
+
+    limits = Limits(**job["limits"])
+    blob = pack.Blob(job["blob"], limits)
+    packer = pack.Packer(blob, limits)
+    packer.run(difference.changes(_sides(job), layer=True))
+    digest, size = blob.finish()
+    return {
+        "digest": f"sha256:{digest}",
+        "size": size,
+        "diff_id": f"sha256:{blob.sha256.hexdigest()}",
+        "entries": packer.entries,
+        "left_out": packer.left_out,
+    }
+
+
+def list_changes(job: dict[str, Any]) -> dict[str, Any]:
+    """``<kind> /<path>`` and a zero byte for each."""
+    from . import pack
+
+    out = pack.Pipe(job["out"])
+    for change in difference.changes(_sides(job), layer=False):
+        out.write(f"{change.kind} /".encode() + os.fsencode(change.path) + b"\0")
+    out.flush()
+    return {}
+
+
 def _watch(lifeline: int) -> None:
     try:
         while os.read(lifeline, 1):
@@ -262,11 +304,15 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 16384), hard))
     sys.setswitchinterval(0.0005)  # the extractor's many short calls otherwise keep the other thread waiting
     try:
-        result = {"unpack": unpack, "spool": spool}[job["kind"]](job)
+        result = {"unpack": unpack, "spool": spool, "pack": pack_changes, "diff": list_changes}[job["kind"]](job)
     except (LayerError, tarstream.TarError, decompress.CompressionError) as error:
         say({"error": {"code": "invalid_argument", "message": str(error)}})
     except LimitError as error:
         say({"error": {"code": "resource_exhausted", "message": str(error)}})
+    except difference.TreeError as error:
+        say({"error": {"code": "failed_precondition", "message": str(error)}})
+    except BrokenPipeError:
+        say({"error": {"code": "unavailable", "message": "the reader went away"}})
     except OSError as error:
         code = "resource_exhausted" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE) else "internal"
         say({"error": {"code": code, "message": str(error)}})

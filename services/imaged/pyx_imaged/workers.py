@@ -21,10 +21,14 @@ import trio
 from pyx_bus.errors import BY_CODE, Internal
 
 from .extract import Limits
-from .model import SpoolResult, UnpackResult
+from .model import PackResult, SpoolResult, UnpackResult
 
 _LINE_LIMIT = 64 << 20  # the result of a spooled archive lists its members
 Progress = Callable[[int], None]
+
+
+def _nowhere(_: int) -> None:
+    return
 
 
 class Workers:
@@ -34,6 +38,7 @@ class Workers:
         self._limits = limits
         self._allow_absolute = allow_absolute
         self._slots = trio.CapacityLimiter(max(8, 2 * len(os.sched_getaffinity(0))))
+        self._readers = trio.CapacityLimiter(8)  # of their own: whoever may only look, and doesn't read, keeps no image from coming
 
     async def unpack(
         self, source: int, root: Path, *, base: bool, blob: Path | None, strict_end: bool, progress: Progress
@@ -52,8 +57,28 @@ class Workers:
         """Keep the members of an outer archive in ``directory``. Errors as ``unpack``'s."""
         return msgspec.convert(await self._run(source, {"kind": "spool", "directory": str(directory)}, progress), SpoolResult)
 
-    async def _run(self, source: int, job: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        async with self._slots:
+    async def pack(self, changes: dict[str, Any], blob: Path) -> PackResult:
+        """What a container changed (``changes`` says what to compare, see ``worker._sides``) becomes a layer in the file ``blob``.
+
+        Errors: failed_precondition (what no layer can hold), resource_exhausted (limits, disk).
+        """
+        job = {"kind": "pack", **changes, "blob": str(blob)}
+        return msgspec.convert(await self._run(subprocess.DEVNULL, job, _nowhere), PackResult)
+
+    async def diff(self, changes: dict[str, Any], out: int) -> None:
+        """It's listed on the descriptor ``out`` (not closed here). Errors: failed_precondition, unavailable (the reader went away)."""
+        job = {"kind": "diff", **changes, "out": out}
+        await self._run(subprocess.DEVNULL, job, _nowhere, (out,), self._readers)
+
+    async def _run(
+        self,
+        source: int,
+        job: dict[str, Any],
+        progress: Progress,
+        fds: tuple[int, ...] = (),
+        slots: trio.CapacityLimiter | None = None,
+    ) -> dict[str, Any]:
+        async with slots or self._slots:
             ours, theirs = -1, -1
             try:
                 theirs, ours = os.pipe2(os.O_CLOEXEC)
@@ -62,7 +87,7 @@ class Workers:
                     [sys.executable, "-I", "-m", "pyx_imaged.worker", json.dumps(job)],
                     stdin=source,
                     stdout=subprocess.PIPE,
-                    pass_fds=(theirs,),
+                    pass_fds=(theirs, *fds),
                     env={"LANG": "C.UTF-8", "PATH": os.environ.get("PATH", "")},
                 )
                 os.close(theirs)
@@ -82,7 +107,7 @@ class Workers:
                 while data := await process.stdout.receive_some(65536):
                     buffer += data
                     if len(buffer) > _LINE_LIMIT:
-                        raise Internal("the unpacking worker's answer is too long")
+                        raise Internal("the worker's answer is too long")
                     *lines, rest = buffer.split(b"\n") if b"\n" in data else (buffer,)
                     buffer = bytearray(rest)
                     for line in lines:
@@ -101,4 +126,4 @@ class Workers:
             return dict(answer["result"])
         if "error" in answer:
             raise BY_CODE.get(answer["error"]["code"], Internal)(answer["error"]["message"])
-        raise Internal(f"the unpacking worker ended with status {process.returncode} and without an answer")
+        raise Internal(f"the worker ended with status {process.returncode} and without an answer")

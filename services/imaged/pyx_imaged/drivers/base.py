@@ -15,10 +15,14 @@ from pyx_bus.contract.imaged import Mount
 
 
 class Snapshotter(Protocol):
-    """``name`` as in the configuration. ``instant``: ``prepare`` takes well under a millisecond, so it needs no thread."""
+    """``name`` as in the configuration. ``instant``: ``prepare`` takes well under a millisecond, so it needs no thread.
+
+    ``overlay``: what's in ``writable`` is in overlayfs's form and holds the changes alone; else it's the whole tree.
+    """
 
     name: str
     instant: bool
+    overlay: bool
 
     def probe(self, scratch: Path) -> None:
         """Try it for real below the empty directory ``scratch``. Raises OSError with the reason where this host can't."""

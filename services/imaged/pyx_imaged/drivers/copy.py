@@ -19,6 +19,7 @@ from .. import kernel
 class Copy:
     name = "copy"
     instant = False
+    overlay = False
 
     def probe(self, scratch: Path) -> None:
         (scratch / "source").write_text("x")

@@ -15,7 +15,10 @@ from pyx_bus.errors import FailedPrecondition
 from .. import kernel
 
 _OPTIONS_LIMIT = 4095  # mount(2) takes one page with its terminating zero
-_INDEX = Path("/sys/module/overlay/parameters/index")
+_PARAMETERS = Path("/sys/module/overlay/parameters")
+# What a host may have switched on, and we can't have: layers are shared by many mounts, and a container's own layer is to be read
+# by itself (a moved directory or half a file in it would be a mere reference).
+_OFF = ("index", "redirect_dir", "metacopy")
 
 
 class Overlayfs:
@@ -23,13 +26,11 @@ class Overlayfs:
 
     name = "overlayfs"
     instant = True
+    overlay = True
 
     def __init__(self, links: Path) -> None:
         self._links = links
-        try:
-            self._extra = ["index=off"] if _INDEX.read_text().strip() == "Y" else []  # layers are shared by many mounts
-        except OSError:
-            self._extra = []
+        self._extra = [f"{name}=off" for name in _OFF if _is_on(_PARAMETERS / name)]
 
     def probe(self, scratch: Path) -> None:
         lower, upper, work = (scratch / name for name in ("lower", "upper", "work"))
@@ -69,3 +70,10 @@ class Overlayfs:
 
     def writable(self, directory: Path) -> Path:
         return directory / "fs"
+
+
+def _is_on(parameter: Path) -> bool:
+    try:
+        return parameter.read_text().strip() == "Y"
+    except OSError:
+        return False  # not known to this kernel
