@@ -116,7 +116,7 @@ class Pyx(Bus):
         return True
 
     def command(self) -> list[str]:
-        return [sys.executable, "-m", "pyx_bus"]
+        return [sys.executable, "-m", "pyx_bus.broker"]
 
     def environment(self) -> dict[str, str]:
         run, root = self.directory / "run", self.directory / "root"

@@ -8,12 +8,12 @@ from typing import Any
 from msgpack import packb, unpackb
 
 from pyx_bus import wire
-from pyx_bus.events import Events
-from pyx_bus.journal import Journal, Limits
-from pyx_bus.peers import Peer
-from pyx_bus.positions import Positions
-from pyx_bus.roles import ROOT, User
-from pyx_bus.router import Router
+from pyx_bus.broker.events import Events
+from pyx_bus.broker.journal import Journal, Limits
+from pyx_bus.broker.peers import Peer
+from pyx_bus.broker.positions import Positions
+from pyx_bus.broker.roles import ROOT, User
+from pyx_bus.broker.router import Router
 from pyx_bus.wire import Decoder, Frame
 
 

@@ -42,7 +42,7 @@ class BrokerProcess:
             ready.settimeout(20)
             environment["NOTIFY_SOCKET"] = str(address)
             with open(self.directory / "broker.log", "ab") as log:
-                self.process = subprocess.Popen([sys.executable, "-m", "pyx_bus"], env=environment, stderr=log)
+                self.process = subprocess.Popen([sys.executable, "-m", "pyx_bus.broker"], env=environment, stderr=log)
             assert ready.recv(100) == b"READY=1"
 
     @property

@@ -10,7 +10,7 @@ from typing import Any
 import trio
 
 from . import service as _service
-from .broker import Broker, make
+from .broker.server import Broker, make
 from .process import stack_prefix
 from .service import Context, Setup, service_context
 

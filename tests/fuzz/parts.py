@@ -11,7 +11,8 @@ from typing import Any
 from msgpack import packb, unpackb
 from tests.fuzz.world import PATTERNS, PAYLOADS, TOPICS, VALUES, Data
 
-from pyx_bus import errors, filters, payloads, session, wire
+from pyx_bus import errors, filters, session, wire
+from pyx_bus.client import payloads
 from pyx_bus.wire import HEADER, HEADER_SIZE, Decoder, Frame, ProtocolError, Run, encode
 
 KINDS = tuple(wire.KIND_NAMES)

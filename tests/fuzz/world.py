@@ -22,10 +22,11 @@ from typing import Any
 
 from msgpack import packb, unpackb
 
-from pyx_bus import errors, events, filters, roles, router, wire
-from pyx_bus.journal import Journal, JournalError, Limits
-from pyx_bus.peers import Peer
-from pyx_bus.positions import Positions
+from pyx_bus import errors, filters, wire
+from pyx_bus.broker import events, roles, router
+from pyx_bus.broker.journal import Journal, JournalError, Limits
+from pyx_bus.broker.peers import Peer
+from pyx_bus.broker.positions import Positions
 from pyx_bus.wire import HEADER, Decoder, Frame, ProtocolError, encode
 
 TOPICS = (

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from pyx_bus.broker.journal import Hole, Journal, JournalError, Limits, Record
+from pyx_bus.broker.positions import Positions
 from pyx_bus.errors import ResourceExhausted
-from pyx_bus.journal import Hole, Journal, JournalError, Limits, Record
-from pyx_bus.positions import Positions
 from pyx_bus.wire import PUBLISH, encode
 
 KILLS = 24
@@ -29,8 +29,8 @@ _ACK = struct.Struct("<QQ")
 _WRITER = """
 import os, random, struct, sys, time
 from pathlib import Path
-from pyx_bus.journal import Journal, Limits
-from pyx_bus.positions import Positions
+from pyx_bus.broker.journal import Journal, Limits
+from pyx_bus.broker.positions import Positions
 from pyx_bus.wire import PUBLISH, encode
 directory, seed = Path(sys.argv[1]), int(sys.argv[2])
 journal = Journal(directory / "journal", Limits(1 << 20, 16 << 20, sync_interval_s=0.01))
@@ -205,7 +205,7 @@ def test_it_opens_and_closes_on_a_disk_that_is_full(small: Path) -> None:
 
 def test_two_processes_cannot_have_it_open(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal")
-    code = "import sys; from pathlib import Path; from pyx_bus.journal import Journal; Journal(Path(sys.argv[1]))"
+    code = "import sys; from pathlib import Path; from pyx_bus.broker.journal import Journal; Journal(Path(sys.argv[1]))"
     command = [sys.executable, "-c", code, str(tmp_path / "journal")]
     second = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert second.returncode == 1

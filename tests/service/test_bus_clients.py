@@ -18,11 +18,12 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from pyx_bus import client, errors, subscription, sync, sync_streams
-from pyx_bus.broker import Broker, make
+from pyx_bus import client, errors, sync, sync_streams
+from pyx_bus.broker.server import Broker, make
+from pyx_bus.client import subscription
+from pyx_bus.client.payloads import Gap, Heartbeat
 from pyx_bus.contract.base import Empty, Event, Message, Method
 from pyx_bus.contract.volumed import VolumeCreated
-from pyx_bus.payloads import Gap, Heartbeat
 from pyx_bus.server import Call, Service
 from pyx_bus.wire import CALL, FLAG_MONITOR, MAX_BATCH, RESULT, Decoder, Frame
 
@@ -350,7 +351,7 @@ def test_an_acknowledgement_goes_out_though_no_other_event_comes(broker: BrokerT
 def test_a_list_and_what_follows_fit_without_gap_or_overlap(
     broker: BrokerThread, on_loop: Test, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "WATCH_ATTEMPTS", 4)
+    monkeypatch.setattr("pyx_bus.client.bus.WATCH_ATTEMPTS", 4)
 
     async def scenario() -> None:
         async with client.connect(str(broker.path), "toy") as serving, client.connect(str(broker.path)) as bus:

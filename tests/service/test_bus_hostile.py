@@ -51,7 +51,8 @@ NESTED = b"\x91" * 3000
 
 # The host's users and groups replaced by ones that need no entry there; all else is the program as it runs.
 PROGRAM = f"""
-from pyx_bus import __main__, roles
+from pyx_bus.broker import __main__
+from pyx_bus.broker import roles
 known = roles.Roles(user_gids=[{USERS}], service_uids={{{NETD}: "netd"}})
 roles.Roles.of_host = classmethod(lambda cls: known)
 __main__.main()

@@ -25,7 +25,8 @@ import anyio
 import pytest
 from msgpack import packb, unpackb
 
-from pyx_bus import client, errors, roles, sync, wire
+from pyx_bus import client, errors, sync, wire
+from pyx_bus.broker import roles
 from pyx_bus.service import first_error
 from pyx_bus.wire import Frame
 
@@ -39,8 +40,8 @@ SERVED_WITHIN_S = 2.0
 BROKER = """
 import json, sys
 from pathlib import Path
-from pyx_bus.broker import Broker, listen
-from pyx_bus.roles import Roles
+from pyx_bus.broker.server import Broker, listen
+from pyx_bus.broker.roles import Roles
 
 directory, given = Path(sys.argv[1]), json.loads(sys.argv[2])
 given["service_uids"] = {int(uid): name for uid, name in given["service_uids"].items()}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.bus_process import BrokerProcess, RawPeer, broker_process
 
-from pyx_bus.events import MAX_EVENT_QUEUE
+from pyx_bus.broker.events import MAX_EVENT_QUEUE
 from pyx_bus.wire import MAX_BATCH
 
 EVENTS = 40_000

@@ -10,11 +10,11 @@ from msgpack import packb, unpackb
 from tests.bus_bench import Bench, Recorder, errors_in, event, events_in
 
 from pyx_bus import wire
-from pyx_bus.events import MAX_EVENT_QUEUE
+from pyx_bus.broker.events import MAX_EVENT_QUEUE
+from pyx_bus.broker.journal import JournalError, Limits
+from pyx_bus.broker.roles import MONITOR, SERVICE, USER
+from pyx_bus.broker.subscriptions import MAX_SUBSCRIPTIONS_PER_PEER
 from pyx_bus.filters import parse
-from pyx_bus.journal import JournalError, Limits
-from pyx_bus.roles import MONITOR, SERVICE, USER
-from pyx_bus.subscriptions import MAX_SUBSCRIPTIONS_PER_PEER
 from pyx_bus.wire import Frame, ProtocolError
 
 

@@ -18,7 +18,7 @@ from tests.fuzz import parts
 from tests.fuzz.world import Worlds
 
 from pyx_bus import session, wire
-from pyx_bus.roles import USER
+from pyx_bus.broker.roles import USER
 from pyx_bus.wire import Decoder, Frame, ProtocolError, encode
 
 CORPUS = Path(__file__).parents[1] / "fuzz" / "corpus"

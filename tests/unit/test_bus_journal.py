@@ -18,10 +18,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyx_bus import journal as journal_module
-from pyx_bus import keeper, recovery, segment
-from pyx_bus.journal import Cursor, Hole, Journal, JournalError, Limits, Record
-from pyx_bus.segment import HEAD_SIZE, RECORD_SIZE
+from pyx_bus.broker import journal as journal_module
+from pyx_bus.broker import keeper, recovery, segment
+from pyx_bus.broker.journal import Cursor, Hole, Journal, JournalError, Limits, Record
+from pyx_bus.broker.segment import HEAD_SIZE, RECORD_SIZE
 from pyx_bus.wire import PUBLISH, encode
 
 SMALL = Limits(segment_bytes=4096, max_bytes=16384)
@@ -695,7 +695,7 @@ def files_no_larger_than(size: int) -> Iterator[None]:
 
 
 def test_a_write_that_fails_leaves_nothing_and_the_next_goes_well(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "pyx_bus.journal")
+    caplog.set_level(logging.INFO, "pyx_bus.broker.journal")
     journal = Journal(tmp_path)
     put(journal, 30)
     size = journal.size_bytes

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pyx_bus import positions as positions_module
+from pyx_bus.broker import positions as positions_module
+from pyx_bus.broker.positions import Positions
 from pyx_bus.errors import InvalidArgument, NotFound, PermissionDenied, ResourceExhausted
-from pyx_bus.positions import Positions
 
 JOURNAL = "0123456789abcdef"
 

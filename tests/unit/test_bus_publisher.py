@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pyx_bus import publisher
-from pyx_bus.publisher import Publisher
+from pyx_bus.client import publisher
+from pyx_bus.client.publisher import Publisher
 from pyx_bus.wire import HEADER
 
 

@@ -11,8 +11,8 @@ from msgpack import packb, unpackb
 from tests.bus_bench import Bench, Recorder, errors_in
 
 from pyx_bus import wire
-from pyx_bus.roles import MONITOR, SERVICE, USER
-from pyx_bus.router import MAX_QUEUED_BYTES
+from pyx_bus.broker.roles import MONITOR, SERVICE, USER
+from pyx_bus.broker.router import MAX_QUEUED_BYTES
 from pyx_bus.wire import Frame, ProtocolError
 
 

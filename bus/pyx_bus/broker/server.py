@@ -24,7 +24,10 @@ from pathlib import Path
 
 from msgpack import packb
 
-from . import errors
+from .. import errors
+from ..sync import connect_unix
+from ..transport import Transport, close_fds
+from ..wire import ERROR, MAX_HELLO, ProtocolError, encode
 from .events import Events
 from .journal import Journal, JournalError, Limits
 from .memory import give_back, resident_bytes
@@ -32,9 +35,6 @@ from .peers import Peer
 from .positions import Positions
 from .roles import GROUP, KEPT_FOR_ROOT, MAX_CONNECTIONS, ROOT, SERVICE, Roles, User, credentials, group_id, groups
 from .router import Router
-from .sync import connect_unix
-from .transport import Transport, close_fds
-from .wire import ERROR, MAX_HELLO, ProtocolError, encode
 
 log = logging.getLogger("pyx.bus")
 

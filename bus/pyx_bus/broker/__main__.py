@@ -9,11 +9,11 @@ import signal
 import sys
 from typing import Any
 
-from . import errors
-from .broker import Broker, make, settle
+from .. import errors
+from ..process import bus_path, configure_plain_logging, load_config, notify_ready, root_directory
 from .journal import Limits
-from .process import bus_path, configure_plain_logging, load_config, notify_ready, root_directory
 from .roles import Roles
+from .server import Broker, make, settle
 
 log = logging.getLogger("pyx.bus")
 

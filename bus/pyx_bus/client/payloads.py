@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
-from . import contract
-from .contract.base import Event, Message
+from .. import contract
+from ..contract.base import Event, Message
 
 log = logging.getLogger("pyx_bus.client")
 

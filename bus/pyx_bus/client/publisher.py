@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from .wire import PUBLISH, encode
+from ..wire import PUBLISH, encode
 
 # Events not yet acknowledged. At about 300 bytes each this is 20 MB, some hours of a busy host without its broker; the second bound
 # is for large ones.

@@ -19,7 +19,7 @@ import socket
 import struct
 from collections.abc import Iterable
 
-from . import errors
+from .. import errors
 
 ROOT, SERVICE, USER, MONITOR = "root", "service", "user", "monitor"
 GROUP, MONITOR_GROUP = "pyx", "pyx-monitor"

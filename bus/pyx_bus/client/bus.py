@@ -17,19 +17,14 @@ import anyio
 import msgspec
 from msgpack import packb
 
-from . import errors
-from .calls import MAX_SERIAL, Calls
-from .contract.base import Event, Message, Method
-from .link import FIRST_RETRY_S, LAST_RETRY_S, Link
-from .pending import Answer, Pending, Stream, decode_body
-from .publisher import Publisher
-from .server import Call, Service
-from .session import pong, refusal
-from .subscription import Events, ReceivedEvent, Subscription
-from .sync import default_path
-from .transport import close_fds
-from .wakeup import Group, current_loop
-from .wire import (
+from .. import errors
+from ..contract.base import Event, Message, Method
+from ..server import Call, Service
+from ..session import pong, refusal
+from ..sync import default_path
+from ..transport import close_fds
+from ..wakeup import Group, current_loop
+from ..wire import (
     ACK,
     CALL,
     CANCEL,
@@ -47,9 +42,14 @@ from .wire import (
     ProtocolError,
     encode,
 )
+from .calls import MAX_SERIAL, Calls
+from .link import FIRST_RETRY_S, LAST_RETRY_S, Link
+from .pending import Answer, Pending, Stream, decode_body
+from .publisher import Publisher
+from .subscription import Events, ReceivedEvent, Subscription
 
 if TYPE_CHECKING:
-    from .session import Filters, Since
+    from ..session import Filters, Since
 
 log = logging.getLogger("pyx_bus.client")  # not structlog: this is a library, its user decides where it logs
 

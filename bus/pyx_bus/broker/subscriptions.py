@@ -10,13 +10,13 @@ from typing import TypeGuard
 
 from msgpack import packb, unpackb
 
-from . import errors
-from .filters import Filter, parse
+from .. import errors
+from ..filters import Filter, parse
+from ..wire import HEARTBEAT, RESULT, Frame, ProtocolError, encode
 from .journal import Cursor, Journal
 from .peers import Peer
 from .positions import Position, Positions
 from .roles import ROOT
-from .wire import HEARTBEAT, RESULT, Frame, ProtocolError, encode
 
 MAX_SUBSCRIPTIONS_PER_PEER = 64
 # Of frames the broker decodes itself: a byte of msgpack can become an object of 64.

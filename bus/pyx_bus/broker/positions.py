@@ -19,7 +19,7 @@ from pathlib import Path
 from struct import Struct
 from zlib import crc32
 
-from .errors import InvalidArgument, NotFound, PermissionDenied, ResourceExhausted, Unavailable
+from ..errors import InvalidArgument, NotFound, PermissionDenied, ResourceExhausted, Unavailable
 from .segment import write_all
 
 _log = getLogger(__name__)

@@ -13,14 +13,9 @@ from collections.abc import Callable
 
 from msgpack import packb
 
-from . import __version__, errors
-from .events import Events
-from .metrics import MethodCounters
-from .peers import Peer
-from .roles import MONITOR, User
-from .subscriptions import unpack_map
-from .transport import close_fds
-from .wire import (
+from .. import __version__, errors
+from ..transport import close_fds
+from ..wire import (
     ACK,
     CALL,
     CANCEL,
@@ -44,6 +39,11 @@ from .wire import (
     Run,
     encode,
 )
+from .events import Events
+from .metrics import MethodCounters
+from .peers import Peer
+from .roles import MONITOR, User
+from .subscriptions import unpack_map
 
 # What waits for a peer that doesn't read. Beyond it a service gets no more calls, and a caller that doesn't take its answers is
 # disconnected. Events have a bound of their own.

@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 
 import anyio
 
-from . import errors
-from .session import hello, pong, refusal, welcome
-from .sync import connect_unix
-from .transport import Transport, close_fds
-from .wakeup import Group, Loop
-from .wire import ERROR, PING, WELCOME, Frame, ProtocolError
+from .. import errors
+from ..session import hello, pong, refusal, welcome
+from ..sync import connect_unix
+from ..transport import Transport, close_fds
+from ..wakeup import Group, Loop
+from ..wire import ERROR, PING, WELCOME, Frame, ProtocolError
 
 log = logging.getLogger("pyx_bus.client")  # not structlog: this is a library, its user decides where it logs
 

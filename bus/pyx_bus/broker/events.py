@@ -20,13 +20,8 @@ from copy import copy
 import msgspec
 from msgpack import packb
 
-from . import errors
-from .journal import Cursor, Hole, Journal, JournalError, Record
-from .peers import Peer
-from .positions import Positions
-from .roles import ROOT, owner_of
-from .subscriptions import Recipients, Subscription, Subscriptions
-from .wire import (
+from .. import errors
+from ..wire import (
     ACK,
     ERROR,
     GAP,
@@ -39,6 +34,11 @@ from .wire import (
     encode_batch_head,
     frame_bounds,
 )
+from .journal import Cursor, Hole, Journal, JournalError, Record
+from .peers import Peer
+from .positions import Positions
+from .roles import ROOT, owner_of
+from .subscriptions import Recipients, Subscription, Subscriptions
 
 # What waits for a subscriber that doesn't read, beyond what the kernel's socket buffer has; one batch more may be on top.
 MAX_EVENT_QUEUE = 1 << 20

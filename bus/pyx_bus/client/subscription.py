@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import anyio.lowlevel
 
-from . import errors
+from .. import errors
+from ..session import acknowledge, gap_body, next_offset, refusal, subscribe_body
+from ..transport import close_fds
+from ..wire import ERROR, EVENT, GAP, HEARTBEAT, SUBSCRIBE, UNSUBSCRIBE, Frame, encode, split_events
 from .link import FIRST_RETRY_S, LAST_RETRY_S, WAIT_FOR_BUS_S
 from .payloads import Gap, Heartbeat, decode_payload
-from .session import acknowledge, gap_body, next_offset, refusal, subscribe_body
-from .transport import close_fds
-from .wire import ERROR, EVENT, GAP, HEARTBEAT, SUBSCRIBE, UNSUBSCRIBE, Frame, encode, split_events
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from .client import Bus
-    from .session import Filters, Since
-    from .wakeup import Timer
+    from ..session import Filters, Since
+    from ..wakeup import Timer
+    from .bus import Bus
 
 MAX_BUFFERED_EVENTS = 16_384
 MAX_BUFFERED_BYTES = 8 << 20

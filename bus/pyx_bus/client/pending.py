@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import msgspec
 
-from . import errors
-from .contract.base import Message
-from .session import refusal
-from .transport import close_fds
-from .wire import ERROR, ITEM, RESULT, STREAM_WINDOW, Frame
+from .. import errors
+from ..contract.base import Message
+from ..session import refusal
+from ..transport import close_fds
+from ..wire import ERROR, ITEM, RESULT, STREAM_WINDOW, Frame
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .wakeup import Timer, Wakeup
+    from ..wakeup import Timer, Wakeup
 
 Res = TypeVar("Res", bound=Message)
 

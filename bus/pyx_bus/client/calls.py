@@ -12,13 +12,13 @@ from typing import TypeVar
 import anyio
 import msgspec
 
-from . import errors
-from .contract.base import Message, Method
+from .. import errors
+from ..contract.base import Message, Method
+from ..transport import close_fds
+from ..wakeup import Deadlines, Loop
+from ..wire import CALL, CANCEL, CREDIT, RESULT, Frame, encode
 from .link import FIRST_RETRY_S, LAST_RETRY_S, WAIT_FOR_BUS_S, Link
 from .pending import Answer, Pending, Stream, decode_body
-from .transport import close_fds
-from .wakeup import Deadlines, Loop
-from .wire import CALL, CANCEL, CREDIT, RESULT, Frame, encode
 
 Req = TypeVar("Req", bound=Message)
 Res = TypeVar("Res", bound=Message)
