@@ -40,6 +40,10 @@ class Holders:
         self.fail: dict[str, errors.BusError] = {}
         self.block = trio.Event()
         self.block.set()
+        self.commits: list[imaged.CommitSnapshot] = []
+        self.read, self.stored = trio.Event(), trio.Event()  # how far a commit gets: the container's changes are read, the image is there
+        self.read.set()
+        self.stored.set()
 
     def make_image(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -72,6 +76,21 @@ class Holders:
             self._call("imaged.release")
             self.snapshots.discard(request.container_id)
             shutil.rmtree(self.directory / "snapshots" / request.container_id, ignore_errors=True)
+            return Empty()
+
+        @service.method(imaged.COMMIT)
+        async def commit(call: Call, request: imaged.CommitSnapshot) -> imaged.ImageID:
+            self.commits.append(request)
+            await self.read.wait()
+            self._call("imaged.commit")
+            await call.send(imaged.SnapshotRead())
+            await self.stored.wait()
+            return imaged.ImageID(id="sha256:" + "c" * 64, reference=request.reference)
+
+        @service.method(imaged.DIFF)
+        async def diff(call: Call, request: imaged.DiffSnapshot) -> Empty:
+            self._call("imaged.diff")
+            os.write(call.fds[0], b"A /" + request.container_id.encode() + b"\0")
             return Empty()
 
         @service.method(imaged.PULL)

@@ -30,6 +30,7 @@ S = 10**9
             {"Env": ["P=/bin", "A=no", "B=/bin", "C=yes", "D=", "E=$P"]},
         ),
         ({}, "ENV A=x=y", {"Env": ["A=x=y"]}),
+        ({}, "ENV PATH=$PATH:/x", {"Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/x"]}),
         (
             {"ExposedPorts": {"1/tcp": {}}}, "EXPOSE 80 53/udp 3-4",
             {"ExposedPorts": {"1/tcp": {}, "80/tcp": {}, "53/udp": {}, "3/tcp": {}, "4/tcp": {}}},

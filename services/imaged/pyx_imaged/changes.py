@@ -18,6 +18,7 @@ _VARIABLE = re.compile(r"\$(?:(?P<name>[A-Za-z_]\w*)|\{(?P<braced>[A-Za-z_]\w*)(
 _DURATION = re.compile(r"(?:\d+(?:\.\d*)?|\.\d+)(?:ns|us|µs|μs|ms|s|m|h)")
 _UNITS = {"ns": 1, "us": 10**3, "µs": 10**3, "μs": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9}
 _MIN_NS = 10**6
+_DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # what a container has if its image says nothing
 _CHECK_OPTIONS = {
     "interval": "Interval", "timeout": "Timeout", "start-period": "StartPeriod", "start-interval": "StartInterval", "retries": "Retries",
 }  # fmt: skip
@@ -119,6 +120,11 @@ def _variables(config: Mapping[str, Any]) -> dict[str, str]:
     return dict(entry.partition("=")[::2] for entry in config.get("Env") or [])
 
 
+def _scope(config: Mapping[str, Any]) -> dict[str, str]:
+    """What variables mean."""
+    return {"PATH": _DEFAULT_PATH, **_variables(config)}
+
+
 def _array(text: str) -> list[str] | None:
     """The exec form: a JSON array of texts."""
     if text.startswith("["):
@@ -147,7 +153,7 @@ def _command(key: str) -> Callable[[dict[str, Any], str], None]:
 
 def _pairs(config: Mapping[str, Any], text: str) -> list[tuple[str, str]]:
     """``key=value …`` with quotes, or the old ``key value``."""
-    env, words = _variables(config), _words(text)
+    env, words = _scope(config), _words(text)
     if "=" not in words[0]:
         key, _, value = text.partition(" ")
         if not value.strip():
@@ -177,7 +183,7 @@ def _label(config: dict[str, Any], text: str) -> None:
 
 def _expose(config: dict[str, Any], text: str) -> None:
     ports = dict(config.get("ExposedPorts") or {})
-    for word in _expand(text, _variables(config)).split():
+    for word in _expand(text, _scope(config)).split():
         port, _, protocol = word.partition("/")
         first, dash, last = port.partition("-")
         if (protocol or "tcp").lower() not in ("tcp", "udp", "sctp"):
@@ -190,7 +196,7 @@ def _expose(config: dict[str, Any], text: str) -> None:
 
 
 def _volume(config: dict[str, Any], text: str) -> None:
-    env, words = _variables(config), _array(text)
+    env, words = _scope(config), _array(text)
     paths = [_expand(word, env) for word in (_words(text) if words is None else words)]
     if not all(path.strip() for path in paths):
         raise ValueError("must be paths")
@@ -198,13 +204,13 @@ def _volume(config: dict[str, Any], text: str) -> None:
 
 
 def _workdir(config: dict[str, Any], text: str) -> None:
-    path = _expand(text, _variables(config))
+    path = _expand(text, _scope(config))
     config["WorkingDir"] = posixpath.normpath(posixpath.join("/", config.get("WorkingDir") or "", path)).replace("//", "/", 1)
 
 
 def _text(key: str) -> Callable[[dict[str, Any], str], None]:
     def put(config: dict[str, Any], text: str) -> None:
-        value = _expand(text, _variables(config))
+        value = _expand(text, _scope(config))
         if not value:
             raise ValueError("nothing is left of it")
         config[key] = value
@@ -213,7 +219,7 @@ def _text(key: str) -> Callable[[dict[str, Any], str], None]:
 
 
 def _stop_signal(config: dict[str, Any], text: str) -> None:
-    value = _expand(text, _variables(config))
+    value = _expand(text, _scope(config))
     if not re.fullmatch(r"\d+|[A-Za-z]+[A-Za-z0-9+-]*", value):
         raise ValueError("must be a signal's name or number")
     config["StopSignal"] = value
