@@ -102,7 +102,6 @@ class Frame:
         kind: int,
         route: bytes = b"",
         body: bytes = b"",
-        *,
         peer: int = 0,
         serial: int = 0,
         arg: int = 0,
@@ -246,15 +245,8 @@ class Decoder:
                 continue
             start = offset + HEADER_SIZE
             offset += size
-            frame = Frame(
-                kind,
-                data[start : start + route_size],
-                data[start + route_size : offset],
-                peer=peer,
-                serial=serial,
-                arg=arg,
-                flags=flags,
-            )
+            split = start + route_size
+            frame = Frame(kind, data[start:split], data[split:offset], peer, serial, arg, flags)
             if nfds:
                 if nfds > len(self._fds):
                     self._drop(frames)

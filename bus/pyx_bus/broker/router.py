@@ -128,13 +128,15 @@ class Router:
         kind = frame.kind
         if not peer.name and kind != HELLO:
             raise ProtocolError(f"expected HELLO, got {frame!r}")
-        if frame.fds and kind not in (CALL, RESULT, ITEM):
-            raise ProtocolError(f"{frame!r} can't carry descriptors")
         if peer.queued_bytes > 2 * MAX_QUEUED_BYTES:  # what others send it stops at half of that: it's its own doing
             raise ProtocolError("it goes on asking and doesn't read the answers")
         if kind == CALL:
             self._call(peer, frame)
-        elif kind in (RESULT, ERROR, ITEM):
+        elif kind == RESULT or kind == ITEM:
+            self._answer(peer, frame)
+        elif frame.fds:
+            raise ProtocolError(f"{frame!r} can't carry descriptors")
+        elif kind == ERROR:
             self._answer(peer, frame)
         elif kind == PUBLISH:
             if not isinstance(frame, Run):
