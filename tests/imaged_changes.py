@@ -43,7 +43,7 @@ def diff(own: Path, layers: Sequence[Path], *, overlay: bool, since_ns: int = 0)
     """The lines of ``diff``, or its error."""
     out = own.parent / f"diff-{time.monotonic_ns()}"
     with open(out, "xb") as file:
-        answer = work("diff", own, layers, overlay=overlay, since_ns=since_ns, out=file.fileno())
+        answer = work("diff", own, layers, overlay=overlay, since_ns=since_ns, out=file.fileno(), patience_s=10)
     if "error" in answer:
         return [f"{answer['error']['code']}: {answer['error']['message']}"]
     return [os.fsdecode(line) for line in out.read_bytes().split(b"\0")[:-1]]

@@ -342,6 +342,20 @@ def test_limits(tmp_path: Path) -> None:
         assert answer["error"]["code"] == "resource_exhausted" and message in answer["error"]["message"]
 
 
+def test_a_reader_that_takes_nothing(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    for number in range(1000):
+        (own / f"{number:0100}").touch()
+    read_end, write_end = os.pipe()
+    try:
+        answer = imaged_changes.work("diff", own, [], overlay=True, out=write_end, patience_s=0.05)
+        assert answer["error"]["code"] == "unavailable" and len(os.read(read_end, 1 << 17)) == 1 << 16
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+
+
 def test_what_a_copy_was_made_with_isnt_read_again(tmp_path: Path) -> None:
     own, low = tmp_path / "own", tmp_path / "low"
     for directory, content in ((own, "one"), (low, "two")):

@@ -401,7 +401,7 @@ class DiffContainer(Message, frozen=True, kw_only=True):
     """Write what a container changed over its image to descriptor 0 of the request (a pipe's write end or a file), then close it: for
     each change its kind (A, C, D), a space, the path and a zero byte, as imaged's diff says. Names only, never contents.
 
-    Errors: not_found, failed_precondition (being removed), unavailable (the reader went away).
+    Errors: not_found, failed_precondition (being removed), unavailable (the reader went away, or takes nothing for a minute).
     """
 
     container: str

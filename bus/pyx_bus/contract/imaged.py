@@ -135,7 +135,7 @@ class DiffSnapshot(Message, frozen=True, kw_only=True):
     root, and a zero byte. Kinds and rules are Docker's: A added, C changed (a directory also if something in it is), D deleted (with
     all that was in it); directories come before what's in them, in order of names. Paths are bytes as the file system has them.
 
-    Errors: not_found (no snapshot), failed_precondition (as of commit), unavailable (the reader went away).
+    Errors: not_found (no snapshot), failed_precondition (as of commit), unavailable (the reader went away, or takes nothing for a minute).
     """
 
     container_id: str

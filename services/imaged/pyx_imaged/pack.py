@@ -26,6 +26,7 @@ from .extract import LimitError, Limits
 
 _CHUNK = 256 << 10
 _QUEUE = 16  # chunks between the threads
+_ATOMIC = 4096  # bytes a pipe takes without waiting once it's said to be writable: PIPE_BUF of pipe(7)
 _LOOK_BYTES = 16 << 20  # between two looks at the free space
 _LEVEL = 1  # of isal: 2 makes nothing smaller, 3 takes several times as long
 _WHITEOUT, _OPAQUE = ".wh.", ".wh..wh..opq"
@@ -231,11 +232,14 @@ def _keep_attributes(info: tarfile.TarInfo, fd: int) -> None:
 
 
 class Pipe:
-    """A descriptor somebody gave us. Errors: BrokenPipeError when they have let go of it."""
+    """A descriptor somebody gave us. Errors: BrokenPipeError when they have let go of it, or take nothing for ``patience_s``: whoever
+    may only look shall not hold a worker for good."""
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
+    def __init__(self, fd: int, patience_s: float) -> None:
+        self._fd, self._patience_s = fd, patience_s
         self._buffer = bytearray()
+        self._poller = select.poll()
+        self._poller.register(fd, select.POLLOUT)
 
     def write(self, data: bytes) -> None:
         self._buffer += data
@@ -246,9 +250,9 @@ class Pipe:
         view = memoryview(bytes(self._buffer))
         self._buffer.clear()
         while view:
+            if not self._poller.poll(self._patience_s * 1000):
+                raise BrokenPipeError
             try:
-                view = view[os.write(self._fd, view) :]
-            except BlockingIOError:  # their end of the same open file description is non-blocking
-                poller = select.poll()
-                poller.register(self._fd, select.POLLOUT)
-                poller.poll()
+                view = view[os.write(self._fd, view[:_ATOMIC]) :]
+            except BlockingIOError:
+                pass  # theirs is non-blocking, and somebody else was faster

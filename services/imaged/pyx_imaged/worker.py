@@ -280,7 +280,7 @@ def list_changes(job: dict[str, Any]) -> dict[str, Any]:
     """``<kind> /<path>`` and a zero byte for each."""
     from . import pack
 
-    out = pack.Pipe(job["out"])
+    out = pack.Pipe(job["out"], job["patience_s"])
     for change in difference.changes(_sides(job), layer=False):
         out.write(f"{change.kind} /".encode() + os.fsencode(change.path) + b"\0")
     out.flush()
@@ -312,7 +312,7 @@ def main() -> int:
     except difference.TreeError as error:
         say({"error": {"code": "failed_precondition", "message": str(error)}})
     except BrokenPipeError:
-        say({"error": {"code": "unavailable", "message": "the reader went away"}})
+        say({"error": {"code": "unavailable", "message": "the reader went away, or takes nothing"}})
     except OSError as error:
         code = "resource_exhausted" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE) else "internal"
         say({"error": {"code": code, "message": str(error)}})

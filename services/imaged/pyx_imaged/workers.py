@@ -24,6 +24,7 @@ from .extract import Limits
 from .model import PackResult, SpoolResult, UnpackResult
 
 _LINE_LIMIT = 64 << 20  # the result of a spooled archive lists its members
+_PATIENCE_S = 60.0  # with who reads a list and takes nothing of it
 Progress = Callable[[int], None]
 
 
@@ -67,7 +68,7 @@ class Workers:
 
     async def diff(self, changes: dict[str, Any], out: int) -> None:
         """It's listed on the descriptor ``out`` (not closed here). Errors: failed_precondition, unavailable (the reader went away)."""
-        job = {"kind": "diff", **changes, "out": out}
+        job = {"kind": "diff", **changes, "out": out, "patience_s": _PATIENCE_S}
         await self._run(subprocess.DEVNULL, job, _nowhere, (out,), self._readers)
 
     async def _run(
