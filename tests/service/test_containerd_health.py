@@ -194,7 +194,8 @@ async def test_the_start_period(s):
     """Failures in it don't count, and it has an interval of its own."""
     before_s = trio.current_time()
     async with statuses(s) as following:
-        unhurried = check("CMD", "test", "-e", "/ready", interval_ms=60_000, retries=1, start_period_ns=60_000 * MS, start_interval_ns=30 * MS)
+        start_period = {"start_period_ns": 60_000 * MS, "start_interval_ns": 30 * MS}
+        unhurried = check("CMD", "test", "-e", "/ready", interval_ms=60_000, retries=1, **start_period)
         await start(s, unhurried)
         await results(s, 3)
         now = await health(s)
