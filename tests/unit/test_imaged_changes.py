@@ -86,6 +86,6 @@ def test_an_entry_point_takes_the_command_with_it() -> None:
     assert changes.commit(config, ['ENTRYPOINT ["n"]']) == {"Entrypoint": ["n"]}
     assert changes.commit(config, ['CMD ["c"]', 'ENTRYPOINT ["n"]']) == {"Entrypoint": ["n"], "Cmd": ["c"]}
     assert changes.commit(config, ['ENTRYPOINT ["n"]', 'CMD ["c"]']) == {"Entrypoint": ["n"], "Cmd": ["c"]}
-    assert changes.commit(config, ["ENTRYPOINT []"]) == {"Entrypoint": [], "Cmd": ["old"]}
+    assert changes.commit(config, ["ENTRYPOINT []"]) == config
     assert changes.commit(config, ["CMD []"]) == {"Entrypoint": ["e"], "Cmd": []}
     assert changes.commit({"Cmd": ["old"]}, ["CMD []"]) == {"Cmd": ["old"]}

@@ -48,11 +48,13 @@ def apply(config: Mapping[str, Any], changes: list[str]) -> dict[str, Any]:
 
 
 def commit(config: Mapping[str, Any], changes: list[str]) -> dict[str, Any]:
-    """As ``apply``, to a container's config; but without an entry point a command that was emptied is the container's again: Docker
-    merges its config into the result. Errors: invalid_argument."""
+    """As ``apply``, to a container's config; but what was emptied is the container's again, where Docker merges that into the result:
+    the entry point, and without one in the changes the command. Errors: invalid_argument."""
     result = apply(config, changes)
-    if not result.get("Entrypoint") and not result.get("Cmd") and config.get("Cmd"):
-        result["Cmd"] = config["Cmd"]
+    if not result.get("Entrypoint"):
+        for key in ("Cmd", "Entrypoint"):
+            if not result.get(key) and config.get(key):
+                result[key] = config[key]
     return result
 
 
