@@ -87,27 +87,24 @@ class Checker:
                 try:
                     async with self.engine.check_slots:
                         started_at_ns = time.time_ns()
-                        _note(self.bundle, key)
+                        (self.bundle / CHECK_FILE).write_text(key)
                         request = contract.ExecContainer(container=self.live.id, args=self.command, stdout=True, stderr=True)
                         execution, _, pid = await execute.begin(
                             self.engine, self.live, request, [writer, writer], key=key, attributes=ATTRIBUTES
                         )
                 except (errors.BusError, OSError) as error:
-                    _forget(self.bundle)
                     nursery.cancel_scope.cancel()
                     return _result(started_at_ns, -1, error.message if isinstance(error, errors.BusError) else str(error))
                 finally:
                     os.close(writer)
                 self.last = execution
-                try:
-                    _note(self.bundle, key, pid)
-                except OSError as error:
-                    self.engine.log.warning("a health check isn't noted", container=self.live.id, error=str(error))
                 in_time = await self._wait(execution, pid, health.timeout_ns(record.healthcheck) / 10**9)
                 nursery.cancel_scope.cancel()
             _read_rest(reader, said)
         finally:
             os.close(reader)
+            if self.last is None or self.last.key != key:  # it wasn't begun
+                _forget(self.bundle, key)
         text = health.output(bytes(said))
         if not in_time:
             return _result(started_at_ns, -1, health.too_long(record.healthcheck, text))
@@ -134,7 +131,7 @@ class Checker:
                         await execution.ended.wait()
             if execution.ended.is_set():
                 execute.over(self.engine, self.live, execution)
-                _forget(self.bundle)
+                _forget(self.bundle, execution.key)
         return in_time
 
     def _kill(self, execution: Execution, pid: int) -> None:
@@ -210,6 +207,13 @@ async def _watch(
         unchecked.set()
         if live.watch is scope:
             live.watch = None
+
+
+async def stopped(live: Live) -> None:
+    """``stop``, and wait until no check is left."""
+    while not live.unchecked.is_set():
+        stop(live)
+        await live.unchecked.wait()
 
 
 def stop(live: Live) -> None:
@@ -293,9 +297,17 @@ def load(engine: Engine, live: Live) -> bool:
     return True
 
 
-async def resume(engine: Engine, live: Live, known: bool) -> None:
+def resume(engine: Engine, live: Live, known: bool) -> None:
     """Go on with a container that was found running. ``known``: its health was loaded."""
-    await _give_up(engine, live)
+    live.unchecked = trio.Event()
+    engine.background(_resume, engine, live, known, live.unchecked)
+
+
+async def _resume(engine: Engine, live: Live, known: bool, given_up: trio.Event) -> None:
+    try:
+        await _give_up(engine, live)
+    finally:
+        given_up.set()
     if not live.running or not _command(live):
         return
     if not known or live.record.health is None:
@@ -316,39 +328,32 @@ def _due_ns(live: Live) -> int:
     return min(usual, max(0, usual - (time.time_ns() - since)))
 
 
-def _note(bundle: Path, key: str, pid: int = 0) -> None:
-    (bundle / CHECK_FILE).write_text(f"{key} {pid} {kernel.process_start(pid) if pid else 0}")
-
-
-def _forget(bundle: Path) -> None:
+def _forget(bundle: Path, key: str) -> None:
+    execute.remove_files(bundle, key)
     (bundle / CHECK_FILE).unlink(missing_ok=True)
 
 
 async def _give_up(engine: Engine, live: Live) -> None:
     """End the check that was under way when the service was killed: nobody reads what it says, or waits for its end."""
-    bundle = engine.bundle(live.id)
+    bundle, shim = engine.bundle(live.id), live.shim
     try:
-        key, pid_text, start_text = (bundle / CHECK_FILE).read_text().split()
-        pid, start = int(pid_text), int(start_text)
-    except (OSError, ValueError):
+        key = (bundle / CHECK_FILE).read_text()
+    except OSError:
         return
-    if not pid:  # the runtime was about to begin it, and may be still
-        shim = live.shim
-        if shim is None:
-            return
-        state = await shim.state()
-        await _children_end(state.shim_pid, f"exec-{key}.json")
-        try:
-            pid = int((bundle / f"exec-{key}.pid").read_text())
-            await shim.kill(key, 0)
-            start = kernel.process_start(pid)
-        except (OSError, ValueError):  # it wasn't begun, or is over
-            pid = 0
-    if pid and start and kernel.process_start(pid) == start:
+    if shim is None or not key:
+        return
+    state = await shim.state()
+    await _children_end(state.shim_pid, f"exec-{key}.json")  # the runtime may still be about to begin it
+    await shim.state()  # what it's asked may reach it before the signal that tells of that end; the next question can't
+    try:
+        pid = int((bundle / f"exec-{key}.pid").read_text())
+        await shim.kill(key, 0)
+    except (OSError, ValueError):
+        pass  # it wasn't begun, or is over
+    else:
         engine.log.info("giving up a health check", container=live.id, pid=pid)
         kernel.kill_tree(live.record.cgroup, pid)
-    execute.remove_files(bundle, key)
-    _forget(bundle)
+    _forget(bundle, key)
 
 
 async def _children_end(parent: int, word: str) -> None:

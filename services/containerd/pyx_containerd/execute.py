@@ -56,7 +56,10 @@ async def begin(
     key: str = "",
     attributes: dict[str, str] | None = None,
 ) -> tuple[Execution, int, int]:
-    """Start it: (the execution, the terminal's master or -1, yours; the process's PID). Errors: see ``contract.ExecContainer``."""
+    """Start it: (the execution, the terminal's master or -1, yours; the process's PID). Errors: see ``contract.ExecContainer``.
+
+    If you give the ``key``, its PID file stays until you call ``remove_files``.
+    """
     if live.record.state is State.PAUSED:
         raise is_paused(live.record.name)
     connection = live.shim
@@ -93,7 +96,7 @@ async def begin(
             failure = parse_failure(log, failed.exit_code)
             raise exec_failed(failure.reason, failure.exit_code) from None
         finally:
-            remove_files(bundle, execution.key)
+            remove_files(bundle, execution.key, *(("json", "log") if key else ()))
     except BaseException as failure:
         code = failure.details.get("exit_code", "") if isinstance(failure, errors.BusError) else ""
         execution.exit = Exit(execution.key, int(code) if code.isdigit() else 126, 0, time.time_ns())
@@ -111,9 +114,9 @@ def new_key() -> str:
     return os.urandom(8).hex()
 
 
-def remove_files(bundle: Path, key: str) -> None:
-    """What its start needed."""
-    for suffix in ("json", "pid", "log"):
+def remove_files(bundle: Path, key: str, *suffixes: str) -> None:
+    """What its start needed, or some of it."""
+    for suffix in suffixes or ("json", "pid", "log"):
         (bundle / f"exec-{key}.{suffix}").unlink(missing_ok=True)
 
 

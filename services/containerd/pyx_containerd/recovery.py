@@ -85,7 +85,7 @@ async def _take_up(engine: Engine, live: Live, has_bundle: bool) -> None:
                 engine.change(live, Change.PAUSE if paused else Change.UNPAUSE)
                 engine.publish(contract.ContainerPaused if paused else contract.ContainerUnpaused, live.record)
                 engine.background(engine.store.update, live.record)
-            engine.background(checks.resume, engine, live, health_known)
+            checks.resume(engine, live, health_known)
             return
         if state is not None and state.phase == "exited" and state.exit.time_ns != record.finished_at_ns:
             _mark_running(engine, live, state.init_pid, record)

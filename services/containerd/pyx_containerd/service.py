@@ -335,9 +335,8 @@ async def pause(engine: Engine, live: Live) -> None:
     if not live.running or live.shim is None:
         raise not_running(live.record.name)
     runtime = await engine.runtime(live.record.runtime)
-    checks.stop(live)
     try:
-        await live.unchecked.wait()
+        await checks.stopped(live)
         await _runtime_run(engine, live, runtime.pause(live.id))
         engine.change(live, Change.PAUSE)
     finally:
