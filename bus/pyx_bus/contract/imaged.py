@@ -109,7 +109,7 @@ class CommitSnapshot(Message, frozen=True, kw_only=True):
 
     ``config`` is the container's (its ``id`` and ``reference`` don't count), to which ``changes`` are applied as of import;
     ``created_by`` is what the history says the layer was made by. Nothing changed: the same layers, and a history entry more.
-    Left out are sockets, files called ``.wh.*`` (a layer would take them for deletions) and empty files and directories that are only
+    Left out are sockets, what's called ``.wh.*`` (a layer would take it for deletions) and empty files and directories that are only
     there for the runtime to mount on.
     Errors: not_found (no snapshot), invalid_argument (reference, changes), failed_precondition (127 layers already, released meanwhile,
     a path of more than 4096 bytes), resource_exhausted. A commit that fails or is cancelled leaves nothing.

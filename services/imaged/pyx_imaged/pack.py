@@ -1,7 +1,7 @@
 """A container's changes as a layer: tar (OCI image-spec layer.md), gzip, both digests, in one pass. Runs in the worker process only.
 
 Names are relative, deletions are ``.wh.<name>``, a directory that hides the image's has ``.wh..wh..opq`` as its first entry. Left out is
-what a layer can't have: sockets, and files whose names would read as whiteouts. A file has the size its header says, whatever
+what a layer can't have: sockets, and what's called like a whiteout, with all below it. A file has the size its header says, whatever
 happens to it meanwhile: what shrinks is filled with zeros, what grows is cut.
 
 The tar is made and digested in one thread, compressed and written in another.
@@ -124,8 +124,8 @@ class Packer:
     def run(self, changes: Iterable[Change]) -> None:
         for change in changes:
             parent, slash, base = change.path.rpartition("/")
-            if base.startswith(_WHITEOUT):
-                self.left_out += change.kind != DELETED
+            if "/" + _WHITEOUT in "/" + change.path:
+                self.left_out += 1
             elif change.kind == DELETED:
                 self._mark(f"{parent}{slash}{_WHITEOUT}{base}")
             else:
