@@ -148,6 +148,12 @@ async def test_one_that_cannot_be_run_is_a_failure(s):
         assert entry["ExitCode"] == -1 and 'exec: "nope": executable file not found' in entry["Output"]
 
 
+async def test_what_it_is_called_may_be_long(s):
+    await start(s, check("CMD", "x" * 50_000, interval_ms=20))
+    log = await results(s, 5)
+    assert all(entry["ExitCode"] == -1 and len(entry["Output"]) == 4096 + len("...") for entry in log)
+
+
 async def test_none_and_no_check_at_all(s):
     for number, healthcheck in enumerate((None, HealthCheck(test=["NONE"]), HealthCheck(interval_ns=5 * MS))):
         id_ = await start(s, healthcheck, name=f"n{number}")

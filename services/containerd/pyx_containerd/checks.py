@@ -94,7 +94,9 @@ class Checker:
                         )
                 except (errors.BusError, OSError) as error:
                     nursery.cancel_scope.cancel()
-                    return _result(started_at_ns, -1, error.message if isinstance(error, errors.BusError) else str(error))
+                    # it quotes the command, which may be long
+                    reason = error.message if isinstance(error, errors.BusError) else str(error)
+                    return _result(started_at_ns, -1, health.output(reason.encode(errors="replace")))
                 finally:
                     os.close(writer)
                 self.last = execution
