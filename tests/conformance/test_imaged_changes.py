@@ -4,6 +4,7 @@ which, unpacked on top of the same image, gives the container's tree again."""
 from __future__ import annotations
 
 import os
+import random
 import socket
 import stat
 import subprocess
@@ -45,10 +46,20 @@ class Box:
         (top / "d/upper").write_text("upper")
         (top / "link").symlink_to("a")
         fill(low, top)
-        self.stand, self.layers = stand, [low, top]
-        self.root = stand.snapshot("box", self.layers)
-        self.own = stand.snapshotter.writable(stand.disk.snapshot("box"))
-        self.since_ns = next(record.created_ns for record in stand.disk.snapshots()) - 20_000_000
+        self._start(stand, [low, top], "box")
+
+    @classmethod
+    def on(cls, stand: Stand, layers: list[Path], name: str) -> Box:
+        """Another container, of these layers."""
+        box = cls.__new__(cls)
+        box._start(stand, layers, name)
+        return box
+
+    def _start(self, stand: Stand, layers: list[Path], name: str) -> None:
+        self.stand, self.layers = stand, layers
+        self.root = stand.snapshot(name, self.layers)
+        self.own = stand.snapshotter.writable(stand.disk.snapshot(name))
+        self.since_ns = max(record.created_ns for record in stand.disk.snapshots()) - 20_000_000
 
     @property
     def _fields(self) -> dict[str, Any]:
@@ -63,6 +74,9 @@ class Box:
 
     def again(self, blob: Path) -> Path:
         """Another container's tree, of the image with the layer on top."""
+        return self.stand.snapshot("again", [*self.layers, self.unpack(blob)])
+
+    def unpack(self, blob: Path) -> Path:
         layer = self.stand.layer()
         with subprocess.Popen(["gzip", "-dc", blob], stdout=subprocess.PIPE) as gunzip:
             assert gunzip.stdout is not None
@@ -74,7 +88,38 @@ class Box:
             finally:
                 os.umask(before)
         assert unpacked.implied <= {b""}, "a directory in it isn't told"
-        return self.stand.snapshot("again", [*self.layers, layer])
+        return layer
+
+
+def at_random(root: Path, chance: random.Random) -> None:
+    """Some dozens of things a container may do to its files, on a few names, so that they meet."""
+    places = ("", "d/", "d/deep/", "again/", "again/sub/", "whole/")
+    names = [f"{place}{name}" for place in places for name in ("a", "x", "sub", "old", "n")]
+    for step in range(80):
+        one, other = root / chance.choice(names), root / chance.choice(names)
+        what = chance.randrange(9)
+        try:
+            if what == 0:
+                one.write_text(f"{step}")
+            elif what == 1:
+                one.mkdir(parents=True)
+            elif what == 2:
+                subprocess.run(["rm", "-rf", one], check=True)
+            elif what == 3:
+                subprocess.run(["mv", "-T", one, other], check=True, capture_output=True)
+            elif what == 4:
+                os.link(one, other, follow_symlinks=False)
+            elif what == 5:
+                one.symlink_to(f"../{step}")
+            elif what == 6:
+                os.chmod(one, 0o700 + step)
+            elif what == 7:
+                os.chown(one, step, step)
+            else:
+                subprocess.run(["rm", "-rf", one], check=True)
+                one.mkdir()
+        except (OSError, subprocess.CalledProcessError):
+            pass  # it can't be done to what's there
 
 
 def full(root: Path) -> dict[str, tuple[Any, ...]]:
@@ -281,6 +326,19 @@ class TestChanges:
         os.utime(box.root / "same", ns=(before.st_atime_ns, before.st_mtime_ns))
         expected = full(box.root)
         assert full(box.again(box.pack()[1])) == expected
+
+    @pytest.mark.parametrize("seed", range(6))
+    def test_whatever_is_done_comes_through(self, stand: Stand, seed: int) -> None:
+        """Two generations of random changes: the layer of the second lies on the image made of the first."""
+        box = Box(stand)
+        for generation in range(2):
+            at_random(box.root, random.Random(seed * 2 + generation))
+            expected = full(box.root)
+            _, blob = box.pack(f"blob{generation}")
+            layer = box.unpack(blob)
+            box = Box.on(stand, [*box.layers, layer], f"again{generation}")
+            assert full(box.root) == expected
+            assert box.diff() == []
 
     def test_a_file_that_changes_meanwhile_keeps_the_tar_whole(self, stand: Stand) -> None:
         box = Box(stand)
