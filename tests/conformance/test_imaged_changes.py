@@ -371,6 +371,20 @@ while True:
         assert "entries" in box.pack("quiet")[0]
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_all_snapshotters_tell_the_same(tmp_path: Path, seed: int) -> None:
+    told = []
+    for name, make in SNAPSHOTTERS.items():
+        stand = Stand(tmp_path / name, make)
+        try:
+            box = Box(stand)
+            at_random(box.root, random.Random(seed))
+            told.append(box.diff())
+        finally:
+            stand.unmount()
+    assert told[0] == told[1] and len(told[0]) > 10
+
+
 def test_overlayfs_whiteouts_of_nothing(tmp_path: Path) -> None:
     """Marks that hide nothing (any more) are no deletions."""
     own, low = tmp_path / "own", tmp_path / "low"
