@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -36,13 +37,22 @@ def serves(stack: Any) -> bool:
     return info.returncode == 0 and all(f'"{name}"' in info.stdout for name in SERVICES if name != "busd")
 
 
+def free_port() -> int:
+    """One that nobody has now; other stacks may run on this machine."""
+    with socket.socket() as sock:
+        sock.bind(("", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
 def start_time(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
 
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_a_running_container_does_not_notice(stack: Any, service: str) -> None:
-    options = ["-d", "--name", "steady", "-p", "18080:80", "-v", "steady-data:/www"]
+    port = free_port()
+    options = ["-d", "--name", "steady", "-p", f"{port}:80", "-v", "steady-data:/www"]
     stack.pyx("run", *options, "busybox", "httpd", "-f", "-h", "/www", check=True)
     try:
         stack.pyx("exec", "steady", "sh", "-c", "echo alive > /www/index.html", check=True)
@@ -50,7 +60,7 @@ def test_a_running_container_does_not_notice(stack: Any, service: str) -> None:
         born = start_time(pid)
         kill(stack, service)
         assert start_time(pid) == born
-        answer = subprocess.run(["curl", "-s", "-m", "5", "http://127.0.0.1:18080/"], capture_output=True, text=True)
+        answer = subprocess.run(["curl", "-s", "-m", "5", f"http://127.0.0.1:{port}/"], capture_output=True, text=True)
         assert answer.stdout == "alive\n"
         assert stack.state("steady") == "running"
         assert stack.pyx("exec", "steady", "cat", "/www/index.html", check=True).stdout == "alive\n"

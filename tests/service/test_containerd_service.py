@@ -688,7 +688,7 @@ async def test_what_lost_its_shim_while_the_service_was_away_is_cleaned_up_at_on
 
 async def test_the_end_of_the_output_waits_for_a_logd_that_is_long_away(tmp_path, monkeypatch):
     """Longer than calls are usually repeated for; the container is over, its last words in the pipe the shim holds."""
-    monkeypatch.setattr(client, "RETRY_FOR_S", 0.2)
+    monkeypatch.setattr("pyx_bus.client.calls.RETRY_FOR_S", 0.2)
     async with stack(tmp_path, logd=False) as s:
 
         def serve_logd():
@@ -707,3 +707,17 @@ async def test_the_end_of_the_output_waits_for_a_logd_that_is_long_away(tmp_path
                     await trio.sleep(0.02)
             await s.bus.call(c.REMOVE, c.RemoveContainer(container=id_))
             await wait_nothing_left(tmp_path, s.context.prefix)
+
+
+async def test_what_was_done_for_a_dead_predecessor_after_all_is_given_back(tmp_path, monkeypatch):
+    """It asked for a root file system as it died, and the holder was slow: the first list its successor draws is older than that."""
+    monkeypatch.setattr("pyx_containerd.recovery.TELL_AGAIN_AFTER_S", (0.3,))
+    async with stack(tmp_path, containerd=False) as s:
+        async with serve_containerd(s.bus_path, tmp_path):
+            with trio.fail_after(10):
+                while "imaged" not in s.holders.retained:
+                    await trio.sleep(0.01)
+            s.holders.snapshots.add("f" * 64)
+            with trio.fail_after(10):
+                while s.holders.snapshots:
+                    await trio.sleep(0.01)

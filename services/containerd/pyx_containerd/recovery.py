@@ -39,6 +39,7 @@ from .shims import Exit, Shim
 
 UNKNOWN_EXIT_CODE = 255
 RETRY_S = 1.0
+TELL_AGAIN_AFTER_S = (5.0, 60.0)
 
 
 async def recover(engine: Engine) -> None:
@@ -207,9 +208,14 @@ def _holders(engine: Engine) -> dict[str, tuple[Method[Retain, Released], Callab
 
 
 async def keep_told(engine: Engine) -> None:
-    """As long as the service runs: tell each holder at our start and whenever it comes up."""
+    """As long as the service runs: tell each holder at our start and whenever it comes up.
+
+    And twice more after our start: what our predecessor asked for as it died may have been done after the first list was drawn, and then
+    counts as newer than it.
+    """
     for name in _holders(engine):
         engine.background(_tell, engine, name)
+    engine.background(_tell_again, engine)
     while True:
         try:
             async with engine.bus.events(ServiceUp.topic) as events:
@@ -222,17 +228,29 @@ async def keep_told(engine: Engine) -> None:
             await trio.sleep(RETRY_S)
 
 
-async def _tell(engine: Engine, name: str) -> None:
-    method, living = _holders(engine)[name]
+async def _tell_again(engine: Engine) -> None:
+    for pause_s in TELL_AGAIN_AFTER_S:
+        await trio.sleep(pause_s)
+        for name, (method, living) in _holders(engine).items():
+            await _retain(engine, name, method, living())
+
+
+async def _retain(engine: Engine, name: str, method: Method[Retain, Released], living: list[str]) -> None:
+    request = Retain(container_ids=living, before_ns=time.time_ns())
     try:
-        request = Retain(container_ids=living(), before_ns=time.time_ns())
         released = await engine.bus.call(method, request, timeout_s=60)
-        if released.container_ids:
-            engine.log.info("leftovers released", holder=name, containers=released.container_ids)
-        if name == "logd":
-            await _reopen_logs(engine)
     except errors.BusError as error:  # it will come up, and be told then
         engine.log.info("a holder can't be told what lives", holder=name, error=error.message)
+        return
+    if released.container_ids:
+        engine.log.info("leftovers released", holder=name, containers=released.container_ids)
+
+
+async def _tell(engine: Engine, name: str) -> None:
+    method, living = _holders(engine)[name]
+    await _retain(engine, name, method, living())
+    if name == "logd":
+        await _reopen_logs(engine)
 
 
 async def _reopen_logs(engine: Engine) -> None:
