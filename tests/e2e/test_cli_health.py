@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,15 @@ def health(stack: Any, name: str) -> dict[str, Any]:
 def status(stack: Any, name: str) -> str:
     shown: str = stack.pyx("ps", "-a", "--filter", f"name={name}", "--format", "{{.Status}}", check=True).stdout.strip()
     return shown
+
+
+@pytest.fixture(autouse=True)
+def nothing_checked_beyond_the_test(stack: Any) -> Iterator[None]:
+    """Twenty execs a second would crowd the other tests' events."""
+    yield
+    ids = stack.pyx("ps", "-aq", check=True).stdout.split()
+    if ids:
+        stack.pyx("rm", "-f", *ids, check=True)
 
 
 @pytest.fixture(scope="module")
