@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 from typing import Any
@@ -76,11 +77,14 @@ def test_a_durable_name_goes_on_where_it_stopped(stack: Any, life: str) -> None:
     assert gone.returncode == 1 and "no durable subscription" in gone.stderr
 
 
-def behind(stack: Any, name: str) -> int:
-    """Events of a durable subscription that weren't acknowledged."""
+def position(stack: Any, name: str) -> int:
+    """The next event a durable subscription wants; 0 if there's none of that name."""
     stats = json.loads(stack.pyx("system", "bus", "--format", "json", check=True).stdout)
-    (offset,) = (one["offset"] for one in stats["durables"] if one["name"] == name)
-    return int(stats["next_offset"] - offset)
+    return next((int(one["offset"]) for one in stats["durables"] if one["name"] == name), 0)
+
+
+def next_offset(stack: Any) -> int:
+    return int(json.loads(stack.pyx("system", "bus", "--format", "json", check=True).stdout)["next_offset"])
 
 
 def test_a_durable_reader_that_is_killed_sees_again_only_what_it_did_not_write(stack: Any, life: str) -> None:
@@ -98,7 +102,8 @@ def test_a_durable_reader_that_is_killed_sees_again_only_what_it_did_not_write(s
         assert watcher.stdout is not None
         while watcher.stdout.readline() != f"destroy {life}\n".encode():
             pass
-        wait_for(lambda: behind(stack, "killed") == 0, 10, "the acknowledgement of what was written")
+        end = next_offset(stack)
+        wait_for(lambda: position(stack, "killed") == end, 10, "the acknowledgement of what was written")
     finally:
         watcher.send_signal(signal.SIGKILL)
         watcher.wait(10)
@@ -107,6 +112,31 @@ def test_a_durable_reader_that_is_killed_sees_again_only_what_it_did_not_write(s
     assert rest[-5:] == [f"{what} {life}-2" for what in ("create", "attach", "start", "die", "destroy")]
     assert f"create {life}" not in rest
     stack.pyx("system", "forget", "killed", check=True)
+
+
+def test_what_a_reader_left_in_the_pipe_comes_again(stack: Any, life: str) -> None:
+    options = ["events", "--durable", "piped", "-f", f"container={life}", "--format", "{{.Action}}"]
+    seen = records(
+        stack.pyx("events", "--since", "beginning", *PAST, "--json", "-f", f"container={life}", check=True).stdout
+    )
+    attached = seen[1]["offset"]
+    reader, writer = os.pipe()
+    watcher = stack.popen(*options, "--since", "beginning", stdout=writer)
+    os.close(writer)
+    try:
+        read = b""
+        while len(read) < 14:
+            read += os.read(reader, 14 - len(read))
+        assert read == b"create\nattach\n"
+        wait_for(lambda: position(stack, "piped") == attached + 1, 10, "the acknowledgement of what was read")
+        os.close(reader)  # it ends, with the rest still in the pipe
+        stack.pyx("run", "--rm", "--name", f"{life}-2", "busybox", "true", check=True)  # so that the watcher notices
+    finally:
+        watcher.kill()
+        watcher.wait(10)
+    # A pipe tells how many bytes were taken: what was acknowledged is exactly what was read.
+    assert stack.pyx(*options, *PAST, check=True).stdout.split() == ["start", "die", "destroy"]
+    stack.pyx("system", "forget", "piped", check=True)
 
 
 def test_bad_questions_are_answered_clearly(stack: Any) -> None:

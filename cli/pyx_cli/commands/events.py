@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import select
+import stat
 import sys
 import time
 
@@ -17,9 +20,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pyx_bus.session import Incoming
+    from pyx_bus.sync import Connection
+    from pyx_bus.sync_streams import Events
 
 _PATTERNS = (">",)
 _RECONNECT_S = 30.0  # a restart of the broker takes a fraction of a second; a stack that was stopped doesn't come back
+_LOOK_S = 0.1
+_MANY = 1000  # lines between two looks when there's no pause
 _BEAT_S = 0.1  # with --until: how soon the broker says that there's nothing more
 
 
@@ -142,37 +149,104 @@ def events(options: Options) -> int:
         filters=chosen,
         durable=options.text("durable"),
         heartbeat_s=_BEAT_S if until_ns else None,
-        auto_ack=False,  # only what has been written is done
+        auto_ack=False,
         retry_for_s=_RECONNECT_S,
     )
-    write = _writer(options)
-    as_records = options.flag("json")
+    form = _form(options, connection)
+    output = _Output(stream if options.text("durable") else None)
     with stream:
         while True:
-            message = stream.receive()
-            if message is None or (message.kind == "heartbeat" and time.time_ns() >= until_ns):
-                return 0
+            message = stream.receive(output.look_again_s)
+            if message is None:
+                output.acknowledge()
+                continue
             if message.kind == "heartbeat":
+                if until_ns and time.time_ns() >= until_ns:
+                    break
                 continue
             if message.kind == "event":
-                payload = mapping(message.body, "payload")
-                stamp = payload.get("time_ns") or message.time_ns
+                stamp = mapping(message.body, "payload").get("time_ns") or message.time_ns
                 time_ns = stamp if isinstance(stamp, int) else message.time_ns
                 if until_ns and message.time_ns > until_ns and time_ns > until_ns:
-                    return 0
-                if since_ns <= time_ns and not (until_ns and time_ns > until_ns):
-                    if as_records:
-                        sys.stdout.write(_record(message, connection.bus_id) + "\n")
-                    else:
-                        sys.stdout.write(write(document(message.topic, time_ns, payload)) + "\n")
-            elif as_records:
-                sys.stdout.write(_record(message, connection.bus_id) + "\n")
+                    break
+                passes = since_ns <= time_ns and not (until_ns and time_ns > until_ns)
+                output.write(form(message, time_ns) if passes else "", message.offset)
+            elif options.flag("json"):
+                output.write(form(message, message.time_ns), message.offset)
             else:
                 sys.stdout.flush()
                 sys.stderr.write(_gap(message))
+                output.write("", message.offset)
             if not stream.pending():
-                sys.stdout.flush()
-                stream.ack(message.offset)
+                output.flush()
+        output.finish()
+    return 0
+
+
+def _form(options: Options, connection: Connection) -> Callable[[Incoming, int], str]:
+    """How an event, with its time, becomes a line."""
+    if options.flag("json"):
+        return lambda message, _: _record(message, connection.bus_id) + "\n"
+    write = _writer(options)
+    return lambda message, time_ns: write(document(message.topic, time_ns, mapping(message.body, "payload"))) + "\n"
+
+
+class _Output:
+    """Standard output, and how far a durable subscription has got with it.
+
+    Into a file or a terminal what's written is done. Into a pipe it's done when the reader has taken it out: what lies in the pipe when
+    the reader ends would be lost otherwise (pipe(7); FIONREAD tells what is in it).
+    """
+
+    def __init__(self, stream: Events | None) -> None:
+        self._stream = stream
+        self._written = 0
+        self._waiting: list[tuple[int, int]] = []  # (bytes written up to and with it, offset)
+        self._pipe = stream is not None and stat.S_ISFIFO(os.fstat(1).st_mode)
+
+    @property
+    def look_again_s(self) -> float | None:
+        """When to look whether the reader has taken more; None if nobody has to."""
+        return _LOOK_S if self._waiting else None
+
+    def write(self, line: str, offset: int) -> None:
+        sys.stdout.write(line)
+        if self._stream is not None:
+            self._written += len(line.encode())
+            self._waiting.append((self._written, offset))
+            if len(self._waiting) >= _MANY:
+                self.flush()
+
+    def flush(self) -> None:
+        sys.stdout.flush()
+        self.acknowledge()
+
+    def acknowledge(self) -> None:
+        if self._stream is None or not self._waiting:
+            return
+        taken = self._written - (_unread(1) if self._pipe else 0)
+        done = 0
+        while done < len(self._waiting) and self._waiting[done][0] <= taken:
+            done += 1
+        if done:
+            self._stream.ack(self._waiting[done - 1][1])
+            del self._waiting[:done]
+
+    def finish(self) -> None:
+        """Until the reader has taken everything, or is gone."""
+        self.flush()
+        poller = select.poll()
+        poller.register(1, 0)  # POLLERR alone: the reader's end was closed
+        while self._waiting and not poller.poll(int(_LOOK_S * 1000)):
+            self.acknowledge()
+
+
+def _unread(fd: int) -> int:
+    """Bytes in a pipe (ioctl_pipe(2), FIONREAD)."""
+    from fcntl import ioctl
+    from termios import FIONREAD
+
+    return int.from_bytes(ioctl(fd, FIONREAD, bytes(4)), sys.byteorder)
 
 
 def _gap(message: Incoming) -> str:
