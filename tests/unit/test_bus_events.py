@@ -411,11 +411,13 @@ def test_what_cannot_be_written_is_asked_for_again_in_order(bench: Bench, monkey
 
         patch.setattr(bench.journal, "append", full)
         bench.publish(publisher, b"a.b", 2, 3)
+    assert bench.events.body()["journal_error"] == "disk full"
     bench.publish(publisher, b"a.b", 4)  # sent before the refusal arrived
     answers = publisher.take()
     assert [(f.kind, f.arg) for f in answers] == [(wire.ACK, 1), (wire.ERROR, 2)]
     assert errors_in(answers) == ["unavailable"]
     bench.publish(publisher, b"a.b", 2, 3, 4, 5)
+    assert bench.events.body()["journal_error"] == ""
     assert [actor for _, _, actor in events_in(reader.take())] == ["1", "2", "3", "4", "5"]
 
 

@@ -68,6 +68,7 @@ class Events:
         self._monotonic_ns = monotonic_ns
         self.subscriptions = Subscriptions(journal, positions, monotonic_ns)
         self._recent: dict[bytes, deque[tuple[int, int, int]]] = {}  # publisher → (first, last sequence, offset after)
+        self.journal_error = ""  # why the last event couldn't be written
         self.published = 0
         self.duplicates = 0
         self.refused = 0
@@ -116,8 +117,10 @@ class Events:
         tail = self.journal.tail()
         try:
             offset = self.journal.append(b"bus", b"", data, 1, 0, self._now_ns())
-        except JournalError:
-            return  # the journal has logged it; there's nobody to repeat it
+        except JournalError as error:
+            self.journal_error = str(error)  # there's nobody to repeat it
+            return
+        self.journal_error = ""
         self._deliver(b"bus", data, frames, offset, [(self.subscriptions.find(topic, b"bus"), 0, 1)], tail)
 
     def _check(self, peer: Peer, data: bytes, frames: Bounds, begin: int) -> tuple[Groups, int, errors.BusError | None]:
@@ -150,7 +153,9 @@ class Events:
                     since = index
             index = len(frames)
         except errors.BusError as error:
-            refusal = error.with_traceback(None)  # which would hold this frame, and so the run, until the next collection
+            refusal = error.with_traceback(
+                None
+            )  # which would hold this frame, and so the run, until the next collection
         except (IndexError, msgspec.DecodeError, RecursionError) as error:
             refusal = errors.InvalidArgument(f"payload of {topic!r} is not msgpack: {error}")
         if current is not None:
@@ -179,10 +184,12 @@ class Events:
         try:
             offset = self.journal.append(peer.source, peer.publisher, data, count, first + count - 1, self._now_ns())
         except JournalError as error:
+            self.journal_error = str(error)
             peer.refused_from = first
             problem = errors.Unavailable(f"the event journal can't be written: {error}")
             peer.send(encode(ERROR, b"", packb(errors.to_body(problem)), 0, 0, first))
             return False
+        self.journal_error = ""
         self.published += count
         if peer.publisher:
             recent = self._recent.get(peer.publisher)
@@ -339,6 +346,7 @@ class Events:
             "slow_readers_total": self.fell_behind,
             "most_behind": max((journal.next_offset - max(o, journal.oldest_offset) for o in behind), default=0),
             "journal_id": journal.id,
+            "journal_error": self.journal_error,
             "journal_bytes": journal.size_bytes,
             "journal_segments": journal.segment_count,
             "oldest_offset": journal.oldest_offset,

@@ -51,6 +51,7 @@ class BrokerStats(Message, frozen=True, kw_only=True):
 
     ``slow_readers`` read from the journal because they didn't keep up or began in the past, ``most_behind`` is how many events the
     last of them has yet to see; ``slow_readers_total`` counts how often one fell behind. ``gaps`` were told, ``events_lost`` in them.
+    ``journal_error`` is set while the journal can't be written (a full disk): publishers keep their events, and watchers get none.
     """
 
     connections: int = 0
@@ -73,6 +74,7 @@ class BrokerStats(Message, frozen=True, kw_only=True):
     slow_readers_total: int = 0
     most_behind: int = 0
     journal_id: str = ""
+    journal_error: str = ""
     journal_bytes: int = 0
     journal_segments: int = 0
     oldest_offset: int = 0

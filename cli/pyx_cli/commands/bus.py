@@ -48,6 +48,7 @@ def _summary(stats: dict[str, object]) -> list[str]:
         f"{count('gaps')} gaps of {count('events_lost')} events",
         f"Journal: {text(stats, 'journal_id')}, offsets {count('oldest_offset')} to {count('next_offset') - 1} ({kept} events), "
         f"{human_size(count('journal_bytes'))} in {count('journal_segments')} segments",
+        *([f"The journal can't be written: {error}"] if (error := text(stats, "journal_error")) else []),
     ]
 
 
