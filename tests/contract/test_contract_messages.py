@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pkgutil
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -89,3 +90,17 @@ def test_unknown_fields_are_ignored_and_defaults_left_out() -> None:
 
 if __name__ == "__main__":
     GOLDEN.write_text(json.dumps(current(), indent=1, sort_keys=True) + "\n")
+
+
+def test_every_event_is_documented() -> None:
+    """docs/events.md and docs/containers.md tell of every topic; containers' stand there without their first word."""
+    root = Path(__file__).parents[2] / "docs"
+    told = (root / "events.md").read_text() + (root / "containers.md").read_text()
+    words = set(re.findall(r"[a-z_]+(?:\.[a-z_]+)*", told))
+    assert [e.topic for e in EVENTS if e.topic not in words and e.topic.removeprefix("container.") not in words] == []
+
+
+def test_an_event_always_says_all_of_itself() -> None:
+    """Readers in other languages needn't know our defaults."""
+    for event in EVENTS:
+        assert event.__struct_config__.omit_defaults is False, event.topic

@@ -60,7 +60,7 @@ class Method(Generic[Req, Res]):
     read_only: bool = False
 
 
-class Event(Message, frozen=True, kw_only=True):
+class Event(Message, frozen=True, kw_only=True, omit_defaults=False):
     """Base of every event payload: Docker's actor (``id`` and string ``attributes``) at a time.
 
     Every concrete event class names its topic (``topic: ClassVar[str] = "container.start"``): ``<type>.<action>`` as in Docker's

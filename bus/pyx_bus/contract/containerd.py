@@ -492,7 +492,7 @@ class ContainerStarted(ContainerEvent, frozen=True, kw_only=True):
     topic: ClassVar[str] = "container.start"
 
 
-class ContainerDied(ContainerEvent, frozen=True, kw_only=True, omit_defaults=False):
+class ContainerDied(ContainerEvent, frozen=True, kw_only=True):
     """Attributes also: exitCode, execDuration (whole seconds), as Docker's; ``signal`` if one ended it.
 
     What it held (ports, volumes) may be given back a moment later; whoever waits for its exit is answered only then.
