@@ -133,7 +133,8 @@ def _put(journal: Journal, size: int = 10_000) -> int:
 
 def test_a_full_disk_costs_the_oldest_events_then_publishers_wait(small: Path) -> None:
     directory = small / "journal"
-    journal = Journal(directory, Limits(segment_bytes=200_000, max_bytes=1 << 30), now_ns=lambda: 0)
+    limits = Limits(segment_bytes=200_000, max_bytes=4_000_000)
+    journal = Journal(directory, limits, now_ns=lambda: 0)
     for _ in range(500):  # five megabytes on a disk of two
         _put(journal)
     oldest = journal.oldest_offset
@@ -147,13 +148,13 @@ def test_a_full_disk_costs_the_oldest_events_then_publishers_wait(small: Path) -
             try:
                 file.write(bytes(4096))
             except OSError:
-                if journal.segment_count == 1:
-                    break
                 try:
                     _put(journal)
                 except JournalError as e:
                     assert e.errno == 28
+                    break
     before, size = journal.next_offset, journal.size_bytes
+    assert limits.floor_bytes <= size < limits.floor_bytes + 2 * limits.segment_bytes
     for _ in range(30):
         try:
             _put(journal)
@@ -178,6 +179,22 @@ def test_a_full_disk_costs_the_oldest_events_then_publishers_wait(small: Path) -
     journal = Journal(directory, now_ns=lambda: 0)
     assert journal.next_offset == full_at + 1
     _check(_read(journal, 0), journal.oldest_offset, full_at + 1)
+    journal.close()
+
+
+def test_a_full_disk_never_takes_the_last_two_segments(small: Path) -> None:
+    journal = Journal(small / "journal", Limits(segment_bytes=200_000, max_bytes=400_000), now_ns=lambda: 0)
+    for _ in range(30):
+        _put(journal)
+    assert journal.segment_count == 2
+    oldest, size = journal.oldest_offset, journal.size_bytes
+    with open(small / "fill", "wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+        while True:
+            file.write(bytes(4096))
+    with pytest.raises(JournalError, match="no space left"):
+        for _ in range(5):
+            _put(journal)
+    assert journal.oldest_offset == oldest and journal.segment_count == 2 and journal.size_bytes >= size
     journal.close()
 
 

@@ -13,7 +13,8 @@ a disk that keeps up, that's the last `sync_interval_s`. Offsets that were lost 
 the disk before they get there (`State.reserved`), and after a power cut the journal goes on from there. Readers get a `Hole` for what's
 between.
 
-*A full disk.* The oldest segments make room; if there's none left, the append fails, leaves nothing behind, and the next one tries again.
+*A full disk.* The oldest segments make room, down to a quarter of what may be kept (`Limits.floor_bytes`): whoever fills the disk can't have
+the history erased. Then the append fails, leaves nothing behind, and the next one tries again.
 
 Every call is short: `append` is a checksum and a write, `read` takes about as many bytes as asked for. Not for several threads.
 keeper.py has the thread and the state, recovery.py what happens when a journal is opened.
@@ -69,6 +70,11 @@ class Limits(NamedTuple):
     max_bytes: int = 256 << 20
     max_age_s: float = 30 * 86400
     sync_interval_s: float = 1.0
+
+    @property
+    def floor_bytes(self) -> int:
+        """A full disk takes away what's above this; and never one of the last two segments."""
+        return self.max_bytes // 4
 
 
 class Record:
@@ -270,10 +276,10 @@ class Journal:
         return failure
 
     def _make_room(self) -> bool:
-        """Give up the oldest segment, if that isn't the one that's written."""
+        """Give up the oldest segment, if enough is kept without it. What takes the room is mostly somebody else's."""
         if self._keeper.unlink(self._keeper.doomed):
             return True
-        if not self._segments or self._segments[0] is self._active:
+        if len(self._segments) <= 2 or self.size_bytes - self._segments[0].size < self.limits.floor_bytes:
             return False
         _log.warning("the disk is full: the journal gives up its oldest events, %s", self._segments[0].path.name)
         if not self._remove(self._segments[0]):
