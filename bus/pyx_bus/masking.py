@@ -35,13 +35,18 @@ def _nested(value: str) -> str:
 
 
 def container(document: dict[str, Any]) -> dict[str, Any]:
-    """The inspect document of a container."""
+    """The inspect document of a container. What its health checks wrote is masked like its output, which monitors don't read either."""
     host = document.get("HostConfig") or {}
     log = host.get("LogConfig") or {}
-    return {
+    masked = {
         **_with_config(document),
         "HostConfig": {**host, "LogConfig": {**log, "Config": options(log.get("Config") or {})}},
     }
+    state = document.get("State") or {}
+    if health := state.get("Health"):
+        results = [{**result, "Output": MASK if result.get("Output") else ""} for result in health.get("Log") or []]
+        masked["State"] = {**state, "Health": {**health, "Log": results}}
+    return masked
 
 
 def image(document: dict[str, Any]) -> dict[str, Any]:

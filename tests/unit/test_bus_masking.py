@@ -38,6 +38,25 @@ def test_documents_are_masked_and_left_as_they_are() -> None:
         "Config": {"Env": ["PW=***"], "Cmd": ["a"], "Labels": {"token": "kept"}},
         "HostConfig": {"Memory": 1, "LogConfig": {"Type": "json-file", "Config": {"max-size": "1m", "api-key": "***"}}},
     }  # fmt: skip
+    assert "State" not in masked
     assert masking.image({"Config": {"Env": None}, "Size": 1}) == {"Config": {"Env": None}, "Size": 1}
     assert masking.volume({"Name": "v", "Options": None}) == {"Name": "v", "Options": None}
     assert masking.volume({"Options": {"o": "password=x"}}) == {"Options": {"o": "password=***"}}
+
+
+def test_what_a_health_check_wrote_is_masked() -> None:
+    results = [{"Start": "s", "End": "e", "ExitCode": 1, "Output": "login with hunter2 failed"}, {"ExitCode": 0, "Output": ""}]
+    document: dict[str, Any] = {"State": {"Status": "running", "Health": {"Status": "unhealthy", "FailingStreak": 1, "Log": results}}}
+    masked = masking.container(document)
+    assert masked["State"] == {
+        "Status": "running",
+        "Health": {
+            "Status": "unhealthy",
+            "FailingStreak": 1,
+            "Log": [{"Start": "s", "End": "e", "ExitCode": 1, "Output": "***"}, {"ExitCode": 0, "Output": ""}],
+        },
+    }
+    assert results[0]["Output"] == "login with hunter2 failed"
+    none_yet = {"State": {"Health": {"Status": "starting", "Log": None}}}
+    assert masking.container(none_yet)["State"] == {"Health": {"Status": "starting", "Log": []}}
+    assert masking.container({"State": {"Status": "created"}})["State"] == {"Status": "created"}
