@@ -47,9 +47,9 @@ class Method(Generic[Req, Res]):
     """A method of a service: ``name`` is ``<service>.<verb>``.
 
     ``item`` is the type of the items streamed before the result, if it streams. ``idempotent`` methods are retried by the client
-    when the connection broke. ``read_only`` methods change nothing, show nothing of what a container writes or holds (but names of
-    files it changed), and are open to monitors (the group pyx-monitor), for whom the service masks secrets. Descriptors that travel with
-    the request, an item or the result are described in the request's docstring.
+    when the connection broke. ``read_only`` methods change nothing, show nothing of what a container writes or holds, not even names of
+    files, and are open to monitors (the group pyx-monitor), for whom the service masks secrets. Descriptors that travel with the request,
+    an item or the result are described in the request's docstring.
     """
 
     name: str

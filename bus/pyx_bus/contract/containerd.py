@@ -471,7 +471,7 @@ COPY_FROM = Method("containerd.copy_from", CopyFrom, Empty)
 COPY_TO = Method("containerd.copy_to", CopyTo, CopiedTo)
 EXPORT = Method("containerd.export", ExportContainer, Empty)
 COMMIT = Method("containerd.commit", CommitContainer, ImageID)
-DIFF = Method("containerd.diff", DiffContainer, Empty, read_only=True)
+DIFF = Method("containerd.diff", DiffContainer, Empty)
 TOP = Method("containerd.top", TopContainer, ProcessTable, idempotent=True, read_only=True)
 INFO = Method("containerd.info", Empty, SystemInfo, idempotent=True, read_only=True)
 
