@@ -10,7 +10,7 @@ LOCK := requirements.lock
 help:
 	@echo 'make run    start the stack and run a first container'
 	@echo 'make test   every check and every test'
-	@echo 'make test-host  pyx under systemd on a cgroup v2 host, in a virtual machine (four minutes)'
+	@echo 'make test-host  pyx under systemd on a cgroup v2 host, in a virtual machine (five minutes)'
 	@echo 'make check  the checks alone: ruff, mypy, import rules'
 	@echo 'make bench  the benchmarks, beside docker and podman, redis-server and dbus-daemon where installed'
 	@echo 'make fuzz   the bus under a coverage-guided fuzzer, a million inputs or ten minutes'
