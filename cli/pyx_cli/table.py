@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from .grammar import Command, Flag
 
-_QUIET = Flag("quiet", "q", "bool", "Only display IDs")
 _NO_TRUNC = Flag("no-trunc", "", "bool", "Don't truncate output")
 _FILTER = Flag("filter", "f", "list", "Filter output based on conditions provided", "filter")
 _FORMAT = Flag("format", "", "string", "Format output: table, table TEMPLATE, json, or a Go template", "string")

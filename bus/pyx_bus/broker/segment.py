@@ -33,7 +33,6 @@ from typing import NamedTuple
 from zlib import crc32
 
 VERSION = 1
-ID_SIZE = 16
 SUFFIX = ".seg"
 
 HEAD = Struct("<8sII16sQQ")
@@ -284,12 +283,16 @@ class StateFile:
         doubtful = False
         for slot in range(2):
             data = os.pread(self.fd, _STATE.size, slot * _SLOT_SIZE).ljust(_STATE.size, b"\0")
-            magic, crc, version, journal_id, boot_id, generation, next_offset, reserved, time_ns, clean = _STATE.unpack(data)
+            magic, crc, version, journal_id, boot_id, generation, next_offset, reserved, time_ns, clean = _STATE.unpack(
+                data
+            )
             if magic != _STATE_MAGIC or crc != crc32(data[_STATE.size - _STATE_REST.size :]):
                 doubtful = doubtful or data.strip(b"\0") != b""
                 continue
             if version != VERSION:
-                raise JournalError(f"the journal was written by another version of pyx (format {version}, not {VERSION})")
+                raise JournalError(
+                    f"the journal was written by another version of pyx (format {version}, not {VERSION})"
+                )
             state = State(journal_id, boot_id, generation, next_offset, reserved, time_ns, bool(clean))
             if newest is None or state.generation > newest.generation:
                 newest = state
@@ -335,7 +338,12 @@ def read_table(path: Path, journal_id: bytes) -> tuple[int, OrderedDict[bytes, t
     if len(data) < _TABLE.size:
         return 0, table
     magic, crc, version, owner, offset, count = _TABLE.unpack_from(data)
-    if magic != _TABLE_MAGIC or version != VERSION or owner != journal_id or crc != crc32(data[_TABLE.size - _TABLE_REST.size :]):
+    if (
+        magic != _TABLE_MAGIC
+        or version != VERSION
+        or owner != journal_id
+        or crc != crc32(data[_TABLE.size - _TABLE_REST.size :])
+    ):
         return 0, table
     at = _TABLE.size
     for _ in range(count):
