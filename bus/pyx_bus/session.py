@@ -49,7 +49,7 @@ class Incoming:
 
     ``kind`` is item, result, error (for the call ``serial``), event, gap or heartbeat (for the subscription ``serial``). ``raw`` is
     the msgpack of the body, or of the event's payload; ``body`` decodes it. ``offset`` is the event's, of a gap the last one lost, of
-    a heartbeat the next one's. ``source`` is the service that published the event, ``time_ns`` when the broker got it. Of a result
+    a heartbeat the last one before it: whatever it is, up to there everything has come, and the next is at ``offset + 1``. ``source`` is the service that published the event, ``time_ns`` when the broker got it. Of a result
     ``offset`` is where to subscribe for what happened after the state it tells (0: not known). ``fds`` belong to whoever has the
     object.
     """
@@ -229,7 +229,8 @@ class Session:
         if kind == GAP:
             return (Incoming("gap", frame.peer, frame.body, [], "bus.gap", frame.arg, "bus"),)
         if kind == HEARTBEAT:
-            return (Incoming("heartbeat", frame.peer, frame.body, [], "bus.heartbeat", frame.arg, "bus"),)
+            beat = packb({"next_offset": frame.arg})
+            return (Incoming("heartbeat", frame.peer, beat, [], "bus.heartbeat", frame.arg - 1, "bus"),)
         if kind == WELCOME:
             self.bus_id, self.connection_id = welcome(frame)
             self.welcomed = True

@@ -174,15 +174,17 @@ class Events:
             except errors.Unavailable:
                 self._id = 0  # the next turn connects again
         message = self._buffer.popleft()
-        if message.kind != "heartbeat":
-            self._handed_out = message.offset
+        self._handed_out = max(self._handed_out, message.offset)
         if not self._buffer:
             self._buffered_bytes = 0
         return message
 
     def ack(self, offset: int) -> None:
-        """Every event up to and including ``offset`` is processed (durable subscriptions with ``auto_ack=False``)."""
-        if not self._durable or offset <= self._processed:
+        """Every event up to and including ``offset`` is processed (durable subscriptions with ``auto_ack=False``).
+
+        ``offset`` is that of an event, gap or heartbeat handed out; one that's beyond isn't taken.
+        """
+        if not self._durable or not self._processed < offset <= self._handed_out:
             return
         self._processed = offset
         if offset >= self._acknowledged + ACK_EVENTS or time.monotonic() >= self._acknowledged_at + ACK_S:
@@ -210,7 +212,7 @@ class Events:
 
     def push(self, messages: Sequence[Incoming], size: int) -> None:
         for message in messages:
-            after = message.offset if message.kind == "heartbeat" else message.offset + 1
+            after = message.offset + 1
             if after > self._resume_at or message.kind == "heartbeat":
                 self._resume_at = max(self._resume_at, after)
                 self._buffer.append(message)

@@ -23,6 +23,7 @@ from pyx_bus.broker.server import Broker, make
 from pyx_bus.client import subscription
 from pyx_bus.client.payloads import Gap, Heartbeat
 from pyx_bus.contract.base import Empty, Event, Message, Method
+from pyx_bus.contract.bus import DURABLES
 from pyx_bus.contract.volumed import VolumeCreated
 from pyx_bus.server import Call, Service
 from pyx_bus.wire import CALL, FLAG_MONITOR, MAX_BATCH, RESULT, Decoder, Frame
@@ -166,7 +167,7 @@ def test_payloads_are_typed_where_the_contract_knows_them(broker: BrokerThread, 
             assert (event.topic, event.source, event.id, event.attributes) == ("volume.create", "volumed", "v", {"driver": "local"})
             assert abs(event.time_ns - time.time_ns()) < 10**10
             unknown = await anext(events)
-            assert unknown.payload == {"id": "t", "time_ns": 8, "number": 3}
+            assert unknown.payload == {"id": "t", "time_ns": 8, "number": 3, "attributes": {}}
             assert (unknown.id, unknown.attributes, unknown.offset) == ("t", {}, event.offset + 1)
 
     on_loop(scenario)
@@ -341,6 +342,41 @@ def test_an_acknowledgement_goes_out_though_no_other_event_comes(broker: BrokerT
                 event.ack()
                 while events._subscription._acknowledged != event.offset:  # by a timer: nobody iterates any more
                     await anyio.sleep(0.005)
+
+    on_loop(scenario)
+
+
+async def position(bus: client.Bus, name: str) -> int:
+    """The next offset a durable subscription wants, after all that was said on this connection."""
+    durables = (await bus.call(DURABLES, Empty())).durables
+    return next(one.offset for one in durables if one.name == name)
+
+
+def position_of(connection: sync.Connection, name: str) -> int:
+    durables: Any = connection.call("bus.durables")["durables"]
+    return next(int(one["offset"]) for one in durables if one["name"] == name)
+
+
+def test_a_heartbeat_acknowledges_what_came_before_it(broker: BrokerThread, on_loop: Test) -> None:
+    async def scenario() -> None:
+        async with client.connect(str(broker.path)) as bus:
+            async with bus.events("toy.*", durable="d", heartbeat_s=0.1, auto_ack=False) as events:
+                bus.publish(VolumeCreated(id="v", time_ns=1))
+                await bus.flush()
+                for _ in range(3):
+                    beat = await anext(events)
+                    assert beat.offset == beat.payload.next_offset - 1
+                    beat.ack()
+                    events.ack(beat.offset + 1)  # hasn't come: not to be acknowledged, nor a reason to lose the connection
+                subscription_id = events._subscription.id
+                numbers(bus, 1, 1)
+                await bus.flush()
+                beat.ack()
+                events.ack(beat.offset)
+            assert list(bus.subscriptions) == [] and subscription_id == 1, "subscribed more than once"
+            assert await position(bus, "d") == beat.offset + 1
+            async with bus.events("toy.*", durable="d") as events:
+                assert await take(events, 1) == [1]
 
     on_loop(scenario)
 
@@ -581,6 +617,15 @@ def publish(path: Path, first: int, last: int, size: int = 1) -> None:
     anyio.run(main, backend="asyncio")
 
 
+def publish_volume(path: Path) -> None:
+    async def main() -> None:
+        async with client.connect(str(path)) as bus:
+            bus.publish(VolumeCreated(id="v", time_ns=1))
+            await bus.flush()
+
+    anyio.run(main, backend="asyncio")
+
+
 def test_blocking_events_go_on_over_restarts(broker: BrokerThread) -> None:
     with sync.Connection(str(broker.path)) as connection:
         with connection.events("toy.*", durable="d") as events, connection.events("toy.*") as others:
@@ -601,6 +646,21 @@ def test_blocking_events_go_on_over_restarts(broker: BrokerThread) -> None:
         with connection.events("toy.*", durable="d", heartbeat_s=0.1) as events:
             assert next(events).payload["number"] == 22
             assert next(events).kind == "heartbeat"
+
+
+def test_a_heartbeat_s_offset_acknowledges_what_came_before_it_blocking(broker: BrokerThread) -> None:
+    with sync.Connection(str(broker.path)) as connection:
+        with connection.events("toy.*", durable="d", heartbeat_s=0.1, auto_ack=False) as events:
+            publish_volume(broker.path)
+            next(events)
+            beat = next(events)
+            assert (beat.kind, beat.payload) == ("heartbeat", {"next_offset": beat.offset + 1})
+            publish(broker.path, 1, 1)
+            events.ack(beat.offset + 1)
+            events.ack(beat.offset)
+        assert position_of(connection, "d") == beat.offset + 1
+        with connection.events("toy.*", durable="d") as events:
+            assert next(events).payload["number"] == 1
 
 
 def test_blocking_events_give_up_when_told_to(broker: BrokerThread) -> None:

@@ -47,7 +47,9 @@ class ReceivedEvent:
 
     ``offset`` in the journal ``journal``; ``source`` is the service that published it, ``time_ns`` the broker's clock when it took it.
     ``payload`` is the contract's event class for the topic (``pyx_bus.contract``), or a dict if there's none; ``raw`` is its msgpack. Two
-    topics are the client's own: ``bus.gap`` with a ``Gap``, and, if asked for, ``bus.heartbeat`` with a ``Heartbeat``.
+    topics are the client's own: ``bus.gap`` with a ``Gap``, and, if asked for, ``bus.heartbeat`` with a ``Heartbeat``. The offset of a gap is
+    the last one lost, of a heartbeat the last one before it: whatever it is, up to there everything has come, and the next is at
+    ``offset + 1``.
     """
 
     __slots__ = ("_payload", "_subscription", "journal", "offset", "raw", "source", "time_ns", "topic")
@@ -321,8 +323,9 @@ class Subscription:
             return ReceivedEvent("bus.gap", last, "bus", 0, frame.body, self._taken_journal, self, payload)
         if frame.kind == HEARTBEAT:
             self._turn += 1
+            self._next = max(self._next, frame.arg)
             payload = Heartbeat(next_offset=frame.arg)
-            return ReceivedEvent("bus.heartbeat", frame.arg, "bus", 0, frame.body, self._taken_journal, self, payload)
+            return ReceivedEvent("bus.heartbeat", frame.arg - 1, "bus", 0, frame.body, self._taken_journal, self, payload)
         return None
 
     def _resubscribe(self) -> None:
@@ -336,7 +339,9 @@ class Subscription:
             self._subscribe()
 
     def ack(self, offset: int, journal: str = "") -> None:
-        if (journal and journal != self._taken_journal) or offset <= self._processed or not self._durable:
+        if (journal and journal != self._taken_journal) or not self._durable:
+            return
+        if not self._processed < offset < self._next:  # known; or not handed out, and nothing that the broker should hear
             return
         self._processed = offset
         if offset >= self._acknowledged + ACK_EVENTS:
@@ -405,7 +410,10 @@ class Events:
         return await self._subscription.next()
 
     def ack(self, offset: int) -> None:
-        """Every event up to and including ``offset`` is processed (durable subscriptions with ``auto_ack=False``)."""
+        """Every event up to and including ``offset`` is processed (durable subscriptions with ``auto_ack=False``).
+
+        ``offset`` is that of an event, gap or heartbeat handed out; one that's beyond isn't taken.
+        """
         self._subscription.ack(offset)
 
     async def aclose(self) -> None:
