@@ -11,6 +11,7 @@ import logging
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import anyio
@@ -46,6 +47,7 @@ from .calls import MAX_SERIAL, Calls
 from .link import FIRST_RETRY_S, LAST_RETRY_S, Link
 from .pending import Answer, Pending, Stream, decode_body
 from .publisher import Publisher
+from .spool import Spool, claim
 from .subscription import Events, ReceivedEvent, Subscription
 
 if TYPE_CHECKING:
@@ -57,6 +59,9 @@ Req = TypeVar("Req", bound=Message)
 Res = TypeVar("Res", bound=Message)
 
 FLUSH_S = 1.0
+# How long until the file of a process that still lives is looked at again, doubled each time.
+FIRST_LOOK_S = 1.0
+LAST_LOOK_S = 60.0
 # A list whose place among the events can't be told is asked for again: its service has events that the broker doesn't have yet.
 WATCH_ATTEMPTS = 12
 
@@ -66,13 +71,17 @@ _encode_body = msgspec.msgpack.Encoder().encode
 class Bus(Calls):
     """A connection to the broker that renews itself. Make one with ``connect``."""
 
-    def __init__(self, path: str, name: str) -> None:
+    def __init__(self, path: str, name: str, spool: Spool | None = None) -> None:
+        """``spool``: where events are kept until they're acknowledged; without one that's this process's memory."""
         self.path = path
         self.name = name
         loop = current_loop()
-        super().__init__(Link(path, name, secrets.token_hex(8), loop, self._dispatch, self._connected, self._disconnected), loop)
+        publisher = spool.publisher if spool is not None else secrets.token_hex(8)
+        super().__init__(Link(path, name, publisher, loop, self._dispatch, self._connected, self._disconnected), loop)
         self.subscriptions: dict[int, Subscription] = {}
-        self._publisher = Publisher(self.link.send_and_gather)
+        self._spool = spool
+        self._publisher = Publisher(self.link.send_and_gather, spool)
+        self._held = False  # events wait for those of a predecessor to be published first
         self._told_dropped = 0
         self._acknowledged: anyio.Event | None = None  # if somebody waits for it
         self._subscription = 0
@@ -251,14 +260,69 @@ class Bus(Calls):
                 del self._served[key]
 
     def _published(self) -> int:
-        return self._publisher.sequence
+        # While events are held the state knows of some that the broker can't place: any number that it doesn't have either says so.
+        return self._publisher.sequence or int(self._held)
+
+    # --- what predecessors left --------------------------------------------------------------------------------------
+
+    async def _take_over(self, spool: Spool) -> None:
+        """Publish what processes that have ended left in their files; then what this one holds back meanwhile, so that order is kept.
+
+        One that still lives publishes its events itself; should it end before it's done they're taken over then.
+        """
+        pause = FIRST_LOOK_S
+        while True:
+            left, lingering = claim(spool.place, spool.publisher)
+            try:
+                for each in left:
+                    await self._publish_left(each)
+            finally:
+                for each in left:
+                    each.close(empty=False)
+            if self._held:
+                self._held = False
+                if self.link.up:
+                    self._publisher.connected()
+            if not lingering:
+                return
+            await anyio.sleep(pause)
+            pause = min(LAST_LOOK_S, pause * 2)
+
+    async def _publish_left(self, spool: Spool) -> None:
+        """On a connection of its own: a connection has one publisher ID."""
+        try:
+            events = spool.load()
+        except OSError as error:
+            log.error("can't read the events that publisher %s left: %s", spool.publisher, error)
+            return
+        bus = Bus(self.path, self.name, spool)
+        bus._publisher.restore(events)
+        if events:
+            async with bus.loop.group() as group:
+                group.start_soon(bus.run, group)
+                await bus.flush()
+                group.cancel_scope.cancel()
+            log.warning("published %d events that a predecessor had left", len(events) - bus.events_refused)
+        bus.close()
+
+    def close(self) -> None:
+        """Nothing is published any more. What wasn't acknowledged stays in the file, if there's one, for a successor."""
+        if self._spool is not None:
+            self._spool.close(empty=not len(self._publisher))
 
     # --- the connection ----------------------------------------------------------------------------------------------
+
+    def hold(self) -> None:
+        """Before ``run``: predecessors may have left events, which come first."""
+        self._held = True
 
     async def run(self, group: Group) -> None:
         """Keep connected until cancelled."""
         self._group = group
         group.start_soon(self.deadlines.run)
+        if self._held:
+            assert self._spool is not None
+            group.start_soon(self._take_over, self._spool)
         try:
             await self.link.run(group)
         finally:
@@ -326,7 +390,8 @@ class Bus(Calls):
 
     def _connected(self) -> None:
         """Take up where the last connection ended. (Subscriptions do it themselves: they have been waiting for the link.)"""
-        self._publisher.connected()
+        if not self._held:
+            self._publisher.connected()
         if self._service is not None:
             assert self._group is not None
             self._group.start_soon(self._register_again, self._service)
@@ -343,28 +408,38 @@ class Bus(Calls):
 
 
 @asynccontextmanager
-async def connect(path: str | None = None, name: str = "client", *, wait: bool = True) -> AsyncIterator[Bus]:
+async def connect(
+    path: str | None = None, name: str = "client", *, wait: bool = True, spool: Path | None = None
+) -> AsyncIterator[Bus]:
     """A connected ``Bus`` for the length of the block. Raises ``Unavailable`` if the bus isn't there within 5 s.
 
     With ``wait=False`` the block is entered at once and calls wait for the connection. At the end of the block what was published gets
     a second to be acknowledged.
+
+    With ``spool``, what was published survives this process's end at any moment: it's also in a file that begins with this path and is
+    this process's own, and the next that connects with the same ``spool`` publishes what wasn't acknowledged.
     """
-    bus = Bus(path or default_path(), name)
+    bus = Bus(path or default_path(), name, Spool(spool) if spool is not None else None)
+    if spool is not None:
+        bus.hold()
     failure: BaseException | None = None
-    async with bus.loop.group() as group:
-        group.start_soon(bus.run, group)
-        try:
-            if wait:
-                await bus.link.wait_up()
-            yield bus
-            if bus.connected:
-                with anyio.move_on_after(FLUSH_S):
-                    await bus.flush()
-        except (Exception, KeyboardInterrupt, SystemExit) as error:
-            failure = error
-        finally:
-            bus.link.close()
-            group.cancel_scope.cancel()
+    try:
+        async with bus.loop.group() as group:
+            group.start_soon(bus.run, group)
+            try:
+                if wait:
+                    await bus.link.wait_up()
+                yield bus
+                if bus.connected:
+                    with anyio.move_on_after(FLUSH_S):
+                        await bus.flush()
+            except (Exception, KeyboardInterrupt, SystemExit) as error:
+                failure = error
+            finally:
+                bus.link.close()
+                group.cancel_scope.cancel()
+    finally:
+        bus.close()
     if failure is not None:
         raise failure  # as it is: that there are tasks of ours beside the block, which make groups of exceptions, is nobody's concern
 

@@ -2,14 +2,21 @@
 
 A window bounds what is under way, so that a publisher faster than the broker fills neither the socket's queue nor this process:
 what is beyond the window waits here, and what is beyond the bounds is dropped and counted.
+
+With a ``Spool`` they're also in a file, before they're sent, for whoever comes after this process.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from itertools import chain
+from typing import TYPE_CHECKING
 
 from ..wire import PUBLISH, encode
+
+if TYPE_CHECKING:
+    from .spool import Spool
 
 # Events not yet acknowledged. At about 300 bytes each this is 20 MB, some hours of a busy host without its broker; the second bound
 # is for large ones.
@@ -26,8 +33,9 @@ LAST_PAUSE_S = 5.0
 class Publisher:
     """``send`` writes a frame to the current connection. ``sequence`` is the last event's number, 0 before the first."""
 
-    def __init__(self, send: Callable[[bytes], None]) -> None:
+    def __init__(self, send: Callable[[bytes], None], spool: Spool | None = None) -> None:
         self._send = send
+        self._spool = spool
         self.sequence = 0
         self.dropped = 0
         self.refused = 0
@@ -51,10 +59,21 @@ class Publisher:
                 return events[0][0]
         return self.sequence + 1
 
+    def restore(self, events: list[tuple[int, bytes]]) -> None:
+        """Before anything is published: (sequence number, frame) of what a predecessor left."""
+        self._waiting.extend(events)
+        self._kept_bytes += sum(len(data) for _, data in events)
+        if events:
+            self.sequence = events[-1][0]
+
     def publish(self, topic: bytes, body: bytes) -> None:
         self.sequence += 1
         data = encode(PUBLISH, topic, body, 0, 0, self.sequence)
         self._kept_bytes += len(data)
+        if self._spool is not None and not self._spool.append(self.sequence, data, self._kept_bytes):
+            others = (frame for _, frame in chain(self._sent, self._waiting))
+            oldest = self.oldest if len(self) else self.sequence
+            self._spool.rewrite(chain(others, (data,)), oldest - 1, self.sequence)
         if self._connected and not self._paused and not self._waiting and self._sent_bytes < WINDOW_BYTES:
             self._sent_bytes += len(data)
             self._sent.append((self.sequence, data))
@@ -81,8 +100,13 @@ class Publisher:
             self._sent_bytes -= size
             self._kept_bytes -= size
             self._pause_s = 0.0
+        self._settled()
         if self._waiting:
             self._fill()
+
+    def _settled(self) -> None:
+        if self._spool is not None:
+            self._spool.settled(self.oldest - 1)
 
     def refuse(self, sequence: int) -> None:
         """The broker will never take this event."""
@@ -92,6 +116,7 @@ class Publisher:
                 self._sent_bytes -= len(data)
                 self._kept_bytes -= len(data)
                 self.refused += 1
+                self._settled()
                 break
         self._fill()
 
