@@ -80,7 +80,7 @@ async def service_context(name: str, *, bus: Path, root: Path, run: Path, prefix
     """The context of a service whose directories and bus are given; everything in it ends with the block."""
     root.mkdir(parents=True, exist_ok=True, mode=0o711)
     run.mkdir(parents=True, exist_ok=True, mode=0o711)
-    async with connect(str(bus), name, wait=False) as client, trio.open_nursery() as nursery:
+    async with connect(str(bus), name, wait=False, spool=run / "events") as client, trio.open_nursery() as nursery:
         async with contextlib.AsyncExitStack() as exit_stack:
             yield Context(name, root, run, prefix, config, client, nursery, exit_stack, structlog.get_logger(name))
         nursery.cancel_scope.cancel()
