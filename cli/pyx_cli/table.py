@@ -252,7 +252,7 @@ COMMANDS = {
             *_STACK, Flag("stop-containers", "", "bool", "Stop every running container first"),
         ), maximum=0),
         Command("system events", "events:events", "", "Get real time events from the services", (
-            _FILTER, _FORMAT,
+            _FILTER, Flag("format", "", "string", "Format output: json, or a Go template", "string"),
             Flag("since", "", "string", "Show all events created since timestamp, offset:NUMBER or beginning"),
             Flag("until", "", "string", "Stream events until this timestamp"),
             Flag("json", "", "bool", "Everything about each event, and about lost ones, as a line of JSON"),

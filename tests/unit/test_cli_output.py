@@ -10,7 +10,8 @@ from pyx_cli import output
 from pyx_cli.commands import events
 from pyx_cli.commands.images import familiar, split_reference
 from pyx_cli.demux import Demux
-from pyx_cli.grammar import CliError
+from pyx_cli.grammar import CliError, Options, parse
+from pyx_cli.table import COMMANDS
 from pyx_cli.terminal import DetachScanner, parse_keys
 
 
@@ -143,3 +144,28 @@ def test_an_event_s_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert event["status"] == "start" and event["from"] == "busybox" and event["timeNano"] == 1_700_000_000_000_000_005
     ran = events.document("container.exec.start", 0, {"id": "x", "attributes": {"command": "ls -l", "execID": "1"}})
     assert ran["Action"] == "exec_start: ls -l"
+
+
+def events_options(*words: str) -> Options:
+    command = COMMANDS["system events"]
+    return Options(command, *parse(command.flags, list(words)))
+
+
+def test_an_event_has_docker_s_fields_in_a_template_and_the_api_s_names_in_json() -> None:
+    event = events.document("network.connect", 5, {"id": "n1", "attributes": {"type": "bridge", "name": "net"}})
+
+    def form(template: str) -> str:
+        return events._writer(events_options("--format", template))(event)
+
+    assert form("{{.Type}} {{.Action}} {{.Actor.ID}} {{.TimeNano}} [{{.From}}]") == "network connect n1 5 []"
+    assert form("{{.Actor.Attributes.name}} {{.Actor.Attributes.image}}") == "net <no value>"
+    assert form('[{{index .Actor.Attributes "image"}}]') == "[]"
+    as_json = (
+        '{"Type":"network","Action":"connect","Actor":{"ID":"n1","Attributes":{"name":"net","type":"bridge"}},'
+        '"scope":"local","time":0,"timeNano":5}'
+    )
+    assert form("{{json .}}") == form("json") == as_json
+    for template in ("table", "table {{.Action}}", r"table\t{{.Action}}"):
+        with pytest.raises(CliError, match="not as a table"):
+            form(template)
+    assert form("tables {{.Action}}") == "tables connect"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyx_cli.template import Template, TemplateError
+from pyx_cli.template import Struct, Template, TemplateError, Texts
 
 DATA = {
     "Name": "/web",
@@ -101,3 +101,31 @@ def test_text_without_actions_is_itself(source: str) -> None:
 
 def test_fields_used() -> None:
     assert Template("{{.ID}} {{if .Size}}{{.Names}}{{end}}").fields() == {"ID", "Size", "Names"}
+
+
+STRUCT = Struct(
+    {"Status": "status", "From": "from", "Actor": "Actor"},
+    {"status": "start", "Actor": Struct({"ID": "ID", "Attributes": "Attributes"}, {"ID": "1", "Attributes": Texts(b="2", a="1")})},
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{{.Actor.Attributes.a}}{{.Actor.Attributes.name}}", "1<no value>"),
+        ('[{{index .Actor.Attributes "a"}}{{index .Actor.Attributes "name"}}]', "[1]"),
+        ("{{if .Actor.Attributes.name}}y{{else}}n{{end}}{{with .Actor.Attributes.a}}{{.}}{{end}}", "n1"),
+        ("{{.Status}} [{{.From}}]", "start []"),
+        ("{{json .}}", '{"status":"start","Actor":{"ID":"1","Attributes":{"a":"1","b":"2"}}}'),
+        ("{{json .Actor.Attributes.name}}", "null"),
+        ("{{.}}", "{start  {1 map[a:1 b:2]}}"),
+    ],
+)
+def test_structs_and_maps_of_text_are_go_s(source: str, expected: str) -> None:
+    assert Template(source).render(STRUCT) == expected
+
+
+@pytest.mark.parametrize("source", ["{{.status}}", "{{.Nope}}", "{{.Actor.Attributes.name.x}}", "{{upper .Actor.Attributes.name}}"])
+def test_a_struct_has_no_other_fields(source: str) -> None:
+    with pytest.raises(TemplateError):
+        Template(source).render(STRUCT)

@@ -24,6 +24,12 @@ if TYPE_CHECKING:
     from pyx_bus.sync_streams import Events
 
 _PATTERNS = (">",)
+# Templates see Go's field names (docker's events.Message), the JSON has the API's.
+_NAMES = {
+    "Status": "status", "ID": "id", "From": "from", "Type": "Type", "Action": "Action", "Actor": "Actor", "Scope": "scope",
+    "Time": "time", "TimeNano": "timeNano",
+}  # fmt: skip
+_ACTOR_NAMES = {"ID": "ID", "Attributes": "Attributes"}
 _RECONNECT_S = 30.0  # a restart of the broker takes a fraction of a second; a stack that was stopped doesn't come back
 _LOOK_S = 0.1
 _MANY = 1000  # lines between two looks when there's no pause
@@ -33,7 +39,7 @@ _BEAT_S = 0.1  # with --until: how soon the broker says that there's nothing mor
 def document(topic: str, time_ns: int, payload: dict[str, object]) -> dict[str, object]:
     """Docker's JSON of an event (Engine API, SystemEventsResponse)."""
     kind, action = topic.partition(".")[0], action_of(topic)
-    attributes = {str(key): str(value) for key, value in mapping(payload, "attributes").items()}
+    attributes = {str(key): str(value) for key, value in sorted(mapping(payload, "attributes").items())}
     if action.startswith("exec_") and attributes.get("command"):
         action = f"{action}: {attributes.pop('command')}"
     elif action == "health_status" and attributes.get(action):
@@ -92,11 +98,19 @@ def _writer(options: Options) -> Callable[[dict[str, object]], str]:
         from json import dumps
 
         return lambda event: dumps(event, ensure_ascii=False, separators=(",", ":"))
+    if template == "table" or template.startswith(("table ", "table\t", "table\\t", "table{")):
+        raise CliError("--format: events come one by one, not as a table", 1, "give a template without the word table, or json")
+    from ..template import Struct, Texts
+
     render = renderer(unescape(template))
-    names = {"status": "Status", "id": "ID", "from": "From", "scope": "Scope", "time": "Time", "timeNano": "TimeNano"}
-    # Templates see Go's field names, the JSON has the API's.
-    empty = {"ID": "", "Status": "", "From": ""}
-    return lambda event: render({**empty, **event, **{names.get(key, key): value for key, value in event.items()}})
+
+    def write(event: dict[str, object]) -> str:
+        actor = mapping(event, "Actor")
+        attributes = Texts({key: str(value) for key, value in mapping(actor, "Attributes").items()})
+        fields: dict[str, object] = {"ID": text(actor, "ID"), "Attributes": attributes}
+        return render(Struct(_NAMES, {**event, "Actor": Struct(_ACTOR_NAMES, fields)}))
+
+    return write
 
 
 def _record(message: Incoming, journal: str) -> str:

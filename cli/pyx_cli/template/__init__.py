@@ -2,14 +2,15 @@
 
 What there is: fields and chains, variables, literals, pipelines, parentheses; if/else if/else, range (with else, break and
 continue), with, define-free; trim markers and comments; text/template's functions and Docker's (json, join, upper, lower,
-title, split, pad, truncate, println). What differs: a field that isn't there is an error, in a row and in a document alike.
+title, split, pad, truncate, println). What differs: a field that isn't there is an error, in a row and in a document alike; ``Struct``
+and ``Texts`` are for data in which it isn't, as in Go.
 
 Theory: ``parse`` makes nested tuples of the text, ``_Run`` here walks them, ``functions`` has the values and what may be called.
 """
 
 from __future__ import annotations
 
-from .functions import FUNCTIONS, NOTHING, TemplateError, show, truth
+from .functions import FUNCTIONS, NOTHING, Struct, TemplateError, Texts, show, truth
 from .parse import Parser
 
 TYPE_CHECKING = False
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     Node = tuple[Any, ...]
 
-__all__ = ["Template", "TemplateError"]
+__all__ = ["Struct", "Template", "TemplateError", "Texts"]
 
 
 class _Break(Exception):
@@ -154,9 +155,15 @@ class _Run:
 
     @staticmethod
     def field(value: object, field: str) -> object:
+        if isinstance(value, Struct):
+            if field in value.names:
+                return value.get(value.names[field], "")
+            raise TemplateError(f"can't evaluate field {field}")
         if isinstance(value, dict):
             if field in value:
                 return value[field]
+            if isinstance(value, Texts):
+                return NOTHING
             raise TemplateError(f'map has no entry for key "{field}"')
         if value is None or value is NOTHING:
             raise TemplateError(f"nil data; no entry for key \"{field}\"")

@@ -22,6 +22,18 @@ class _Nothing:
 NOTHING = _Nothing()
 
 
+class Texts(dict[str, str]):
+    """Go's map[string]string: what isn't in it is ``<no value>`` as a field, and empty by ``index`` (any other dict's is an error)."""
+
+
+class Struct(dict[str, object]):
+    """A Go struct: the dict is its JSON, in that order. ``names``: which key a field of a template is; one that's absent is empty."""
+
+    def __init__(self, names: dict[str, str], items: dict[str, object]) -> None:
+        super().__init__(items)
+        self.names = names
+
+
 def show(value: object) -> str:
     """As Go's fmt prints it with %v."""
     if value is None or value is NOTHING:
@@ -33,6 +45,8 @@ def show(value: object) -> str:
     if isinstance(value, float):
         text = repr(value)
         return text[:-2] if text.endswith(".0") else text
+    if isinstance(value, Struct):
+        return "{" + " ".join(_inner(value.get(key, "")) for key in value.names.values()) + "}"
     if isinstance(value, dict):
         return "map[" + " ".join(f"{key}:{_inner(value[key])}" for key in sorted(value, key=str)) + "]"
     if isinstance(value, (list, tuple)):
@@ -48,13 +62,20 @@ def _json(value: object) -> str:
     import json
 
     # Go's encoder sorts a map's keys and escapes what HTML would trip over; Docker's json function switches that off.
-    return json.dumps(None if value is NOTHING else value, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+    return json.dumps(None if value is NOTHING else _ordered(value), ensure_ascii=False, separators=(",", ":"))
+
+
+def _ordered(value: object) -> object:
+    if isinstance(value, dict):
+        keys = value if isinstance(value, Struct) else sorted(value)
+        return {key: _ordered(value[key]) for key in keys}
+    return [_ordered(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _index(value: Any, *keys: Any) -> object:
     for key in keys:
         if isinstance(value, dict):
-            value = value.get(key, NOTHING)
+            value = value.get(key, "" if isinstance(value, Texts) else NOTHING)
         elif isinstance(value, (list, tuple, str)):
             if not isinstance(key, int) or isinstance(key, bool):
                 raise TemplateError(f"cannot index slice/array with type {type(key).__name__}")
