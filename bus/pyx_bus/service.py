@@ -29,6 +29,7 @@ class Context:
     ``root`` is its durable directory, ``run`` the one that vanishes with the boot; both exist, for its user alone. ``prefix`` starts
     every name that is global to the host (bridge, nftables table, cgroup), so that several stacks live side by side. ``config`` is
     the service's table of the configuration file. ``nursery`` lives as long as the service; ``exit_stack`` is closed at its end.
+    ``finish``, if the service has set it, is awaited before an orderly end, ``FINISH_WITHIN_S`` at most, while all goes on as before.
     """
 
     name: str
@@ -40,9 +41,11 @@ class Context:
     nursery: trio.Nursery
     exit_stack: contextlib.AsyncExitStack
     log: Any
+    finish: Callable[[], Awaitable[None]] | None = None
 
 
 Setup = Callable[[Context], Awaitable[Service]]
+FINISH_WITHIN_S = 10.0  # who stops us waits 15 s (the supervisor) or 90 s (systemd) before it kills
 
 
 class _ToStructlog(logging.Handler):
@@ -107,6 +110,7 @@ async def _main(name: str, setup: Setup) -> None:
     structlog.contextvars.bind_contextvars(service=name)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
+            ready, ending = trio.Event(), trio.Event()
 
             async def serve_until_cancelled() -> None:
                 async with service_context(
@@ -122,12 +126,20 @@ async def _main(name: str, setup: Setup) -> None:
                     gc.freeze()
                     notify_ready()
                     context.log.info("ready")
+                    ready.set()
+                    await ending.wait()
+                    if context.finish is not None:
+                        with trio.move_on_after(FINISH_WITHIN_S):
+                            await context.finish()
+                    nursery.cancel_scope.cancel()
                     await trio.sleep_forever()
 
             nursery.start_soon(serve_until_cancelled)
             async for _ in signals:
-                nursery.cancel_scope.cancel()
-                break
+                if not ready.is_set() or ending.is_set():  # the second one doesn't wait for what the first has asked for
+                    nursery.cancel_scope.cancel()
+                    break
+                ending.set()
 
 
 def first_error(group: BaseExceptionGroup[errors.BusError]) -> errors.BusError:

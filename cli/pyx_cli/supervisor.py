@@ -33,10 +33,11 @@ if TYPE_CHECKING:
 
 _SHARED = ("trio", "anyio", "anyio._backends._trio", "msgpack", "msgspec", "structlog", "sqlite3", "httpx", "pyroute2", "tomllib")
 _BACKOFF_FIRST_S, _BACKOFF_LAST_S, _STEADY_S = 0.1, 10.0, 10.0
-_STOP_S = 10.0  # how long a service may take for its orderly end
+_STOP_S = 15.0  # how long a service may take for its orderly end; it takes 10 s itself to finish what it has begun
 _LOG_LIMIT = 8 << 20  # a log above this is moved aside (one predecessor is kept)
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 _BROKER = "busd"
+_FIRST_TO_STOP = "containerd"
 _HANDLED = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -290,14 +291,14 @@ class Stack:
         signal.pidfd_send_signal(fd, signal.SIGTERM)
         poller = select.poll()
         poller.register(fd, select.POLLIN)
-        if not poller.poll((2 * _STOP_S + 10) * 1000):
+        if not poller.poll((3 * _STOP_S + 10) * 1000):
             raise CliError(f"the supervisor (pid {pid}) doesn't end", 1, f"its log is {self.log_path('supervisor')}")
         os.close(fd)
         return 0
 
 
 class Supervisor:
-    """The loop: start, reap, start again; on SIGTERM or SIGINT stop everything, the broker last."""
+    """The loop: start, reap, start again; on SIGTERM or SIGINT stop everything, containerd first and the broker last."""
 
     def __init__(self, stack: Stack, to_files: bool) -> None:
         self._stack = stack
@@ -459,8 +460,10 @@ class Supervisor:
         child.backoff_s = min(child.backoff_s * 2, _BACKOFF_LAST_S)
 
     def _stop(self) -> None:
-        """SIGTERM to the services, and when they're gone to the broker, so that their last events still get through."""
-        for group in ([c for c in self._children if c.name != _BROKER], [c for c in self._children if c.name == _BROKER]):
+        """SIGTERM to containerd, which needs the others to clean up after containers that have just ended; when it's gone to the
+        other services, and then to the broker, so that their last events still get through."""
+        first, last = ([c for c in self._children if c.name == name] for name in (_FIRST_TO_STOP, _BROKER))
+        for group in (first, [c for c in self._children if c not in (*first, *last)], last):
             for child in group:
                 if child.pid:
                     os.kill(child.pid, signal.SIGTERM)  # our unreaped child: the number can't be anybody else's

@@ -23,13 +23,14 @@ from .store import Store
 async def setup(context: Context) -> Service:
     """Build the engine, recover, and register the methods."""
     context.root.chmod(0o700)  # environments are in the database, and people put secrets there
-    engine = Engine(context, Store(context.root / "containers.db"))
+    engine = Engine(context, Store(context.root / "containers.db", context.run / "rows"))
 
     async def act_on_health(live: Live) -> None:
         await service.act_on_health(engine, live)
 
     engine.act_on_health = act_on_health
     context.exit_stack.callback(engine.close)
+    context.finish = engine.finish
     engine.bundles.mkdir(parents=True, exist_ok=True)
     engine.bundles.chmod(0o700)
     engine.warm_path = kernel.warm_path(engine.cgroup_parent)

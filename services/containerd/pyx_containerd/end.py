@@ -40,8 +40,12 @@ Step = Callable[[], Awaitable[object]]
 async def ended(engine: Engine, live: Live, exit_: Exit) -> None:
     """The init process has ended."""
     await live.spawned.wait()
-    if not live.running:
-        return
+    if live.running:
+        with engine.clean_up():
+            await _ended(engine, live, exit_)
+
+
+async def _ended(engine: Engine, live: Live, exit_: Exit) -> None:
     checks.stop(live)
     record = live.record
     oom_kills = kernel.oom_kills(record.cgroup)
@@ -139,7 +143,8 @@ async def _release(engine: Engine, live: Live, steps: list[tuple[str, Step]]) ->
 
     async def run(name: str, action: Step) -> None:
         nonlocal left
-        await step(engine, live, name, action)
+        with engine.clean_up():
+            await step(engine, live, name, action)
         left -= 1
         if not left:
             finished.set()
@@ -173,6 +178,7 @@ async def take_down(engine: Engine, live: Live, *, ran: bool) -> None:
     """Everything of a run that's still there: runtime state, cgroup, shim, bundle; of a failed start also root and network."""
     if ran:
         await _drain(engine, live)
+        await _until_kept(engine, live)
         await _end_shim(live)  # before the rest: with it goes what it holds of those attached, who wait for the end of their output
     await step(engine, live, "runtime", lambda: _delete(engine, live, ran=ran))
     if not ran:
@@ -186,6 +192,22 @@ async def _end_shim(live: Live) -> None:
     if live.shim is not None:
         await live.shim.end()
         live.shim = None
+
+
+async def _until_kept(engine: Engine, live: Live) -> None:
+    """Where no file system has room for how it ended, only its shim can tell a restarted service: it must stay until then.
+    Unless it's removed (which goes on in a hurry): then there's nothing to tell."""
+    if engine.store.is_kept(live.id):
+        return
+    async with trio.open_nursery() as nursery:
+
+        async def hurried() -> None:
+            await live.hurry.wait()
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(hurried)
+        await engine.store.until_kept(live.id)
+        nursery.cancel_scope.cancel()
 
 
 async def _drain(engine: Engine, live: Live) -> None:

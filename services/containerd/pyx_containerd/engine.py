@@ -9,9 +9,10 @@ at any time.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,7 @@ class Engine:
         self.containers: dict[str, Live] = {}
         self.names: dict[str, str] = {}  # reserved ones, too
         self.cleaning: dict[str, Live] = {}  # removed, but something of their last run is still being taken down
+        self.clean_ups: set[trio.Event] = set()  # those under way; each is set at its end
         self.creating: set[str] = set()  # IDs given out, whose rows aren't there yet
         self.runtimes: dict[str, Runtime] = {}
         self.choice: Choice | None = None
@@ -221,6 +223,22 @@ class Engine:
         """A step of a clean-up failed. It is logged and the others go on; ``retain`` makes up for it later."""
         message = error.message if isinstance(error, errors.BusError) else repr(error)
         self.log.warning("clean-up step failed", container=container_id, step=what, error=message)
+
+    @contextlib.contextmanager
+    def clean_up(self) -> Iterator[None]:
+        """Around something that an orderly end of the service should wait for."""
+        over = trio.Event()
+        self.clean_ups.add(over)
+        try:
+            yield
+        finally:
+            self.clean_ups.discard(over)
+            over.set()
+
+    async def finish(self) -> None:
+        """Before the orderly end: wait for the clean-ups that are under way. What isn't done in time is a next start's."""
+        for over in list(self.clean_ups):
+            await over.wait()
 
     def close(self) -> None:
         """At the orderly end. Containers and their shims go on; cgroups that nobody is in go."""

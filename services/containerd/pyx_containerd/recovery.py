@@ -3,6 +3,7 @@
 What may be there, and what becomes of it:
 
 - a running row whose shim answers: taken up again; if it has exited meanwhile, the shim knows how;
+- a row that a full disk kept from being written is taken as it should be (``store.py``): how a container ended isn't told again;
 - a running row without a shim: the shim was killed, or the host was started anew. Its exit file may tell; else exit code 255, as
   Docker's, after whatever still runs of it was killed;
 - a created or exited row whose shim answers: the crash fell between the start and its commit, or into the clean-up of a run: a
@@ -126,6 +127,11 @@ def _mark_running(engine: Engine, live: Live, pid: int, record: Container) -> No
 
 
 async def _clean(engine: Engine, live: Live) -> None:
+    with engine.clean_up():
+        await _clean_all(engine, live)
+
+
+async def _clean_all(engine: Engine, live: Live) -> None:
     await end.take_down(engine, live, ran=True)
     if live.id in engine.cleaning:  # a run nobody was told of: while it was cleaned up the others were told that it lives
         for name, action in (*end.network_steps(engine, live), *end.removal_steps(engine, live, volumes=True)):

@@ -409,10 +409,16 @@ async def remove(engine: Engine, live: Live, *, force: bool, volumes: bool) -> N
 
 async def _remove(engine: Engine, live: Live, *, volumes: bool) -> None:
     with trio.CancelScope(shield=True):
+        before = live.record
         engine.change(live, Change.REMOVE)
         await copy.end_copies(live)
         end.unmount(engine, live)
-        await engine.store.delete(live.id)
+        try:
+            await engine.store.delete(live.id)
+        except errors.ResourceExhausted:  # neither the store nor what it has beside it can be written: it stays as it was
+            live.record = before
+            await end.step(engine, live, "row", lambda: engine.store.update(before))
+            raise
         async with trio.open_nursery() as nursery:
             for name, action in end.removal_steps(engine, live, volumes=volumes):
                 nursery.start_soon(end.step, engine, live, name, action)
@@ -424,7 +430,8 @@ async def _finish_removal(engine: Engine, live: Live) -> None:
     live.hurry.set()
     await live.clean.wait()
     request = logd.RemoveLog(container_id=live.id)
-    await end.step(engine, live, "log", lambda: engine.bus.call(logd.REMOVE, request, timeout_s=SERVICE_TIMEOUT_S))
+    with engine.clean_up():
+        await end.step(engine, live, "log", lambda: engine.bus.call(logd.REMOVE, request, timeout_s=SERVICE_TIMEOUT_S))
     engine.cleaning.pop(live.id, None)
 
 
@@ -443,7 +450,7 @@ async def rename(engine: Engine, live: Live, name: str) -> None:
         engine.reserve_name(name, live.id)
         before = live.record
         try:
-            await engine.store.update(msgspec.structs.replace(before, name=name))
+            await engine.store.rename(msgspec.structs.replace(before, name=name))
         except BaseException:
             engine.free_name(name, live.id)
             raise

@@ -68,6 +68,8 @@ async def start(engine: Engine, live: Live, attach: contract.AttachOptions, clie
             raise is_paused(live.record.name)
         if live.record.state is State.RUNNING:
             return -1
+        if not engine.store.is_kept(live.id):  # a start would take what alone knows how the last run ended
+            raise errors.ResourceExhausted("can't write the container store", hint="make room where pyx keeps its files")
         live.hurry.set()
         await live.clean.wait()
         if live.id not in engine.containers:
