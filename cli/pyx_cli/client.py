@@ -26,7 +26,7 @@ def connect(options: Options, timeout_s: float = 5.0) -> Connection:
 
 def unreachable(path: str, error: BaseException, status: int = 1) -> CliError:
     if "errno" not in getattr(error, "details", {}) and not isinstance(error, OSError):
-        return CliError(str(error), status)  # it's there, but refused us or doesn't answer
+        return CliError(str(error), status, getattr(error, "hint", ""))  # it's there, but refused us or doesn't answer
     cause = error if isinstance(error, OSError) else error.__cause__
     if isinstance(cause, PermissionError):
         return CliError(f"cannot connect to the bus at {path}: permission denied", status, "be root or a member of the group pyx")

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyx_cli import output
+from pyx_bus.errors import PermissionDenied
+from pyx_cli import client, output
 from pyx_cli.commands import events
 from pyx_cli.commands.images import familiar, split_reference
 from pyx_cli.demux import Demux
@@ -169,3 +170,10 @@ def test_an_event_has_docker_s_fields_in_a_template_and_the_api_s_names_in_json(
         with pytest.raises(CliError, match="not as a table"):
             form(template)
     assert form("tables {{.Action}}") == "tables connect"
+
+
+def test_a_refusal_says_what_to_do() -> None:
+    refused = client.unreachable("/run/bus.sock", PermissionDenied("user 7 may not use this bus", hint="join a group"), 125)
+    assert (refused.message, refused.status, refused.hint) == ("user 7 may not use this bus", 125, "join a group")
+    gone = client.unreachable("/run/bus.sock", FileNotFoundError(2, "x"))
+    assert "is the stack running?" in gone.message and gone.hint == "start it with: pyx system up --detach"
