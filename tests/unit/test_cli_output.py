@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pyx_bus.errors import PermissionDenied
 from pyx_cli import client, output
-from pyx_cli.commands import events
+from pyx_cli.commands import bus, events
 from pyx_cli.commands.images import familiar, split_reference
 from pyx_cli.demux import Demux
 from pyx_cli.grammar import CliError, Options, parse
@@ -177,3 +177,16 @@ def test_a_refusal_says_what_to_do() -> None:
     assert (refused.message, refused.status, refused.hint) == ("user 7 may not use this bus", 125, "join a group")
     gone = client.unreachable("/run/bus.sock", FileNotFoundError(2, "x"))
     assert "is the stack running?" in gone.message and gone.hint == "start it with: pyx system up --detach"
+
+
+def test_how_the_bus_fares_in_words() -> None:
+    def bound(power: int) -> str:
+        return bus._quantile([0] * power + [1], 0.5)
+
+    assert [bound(power) for power in (0, 9, 10, 19, 20, 26)] == ["<1 µs", "<512 µs", "<1.02 ms", "<524 ms", "<1.05 s", "<67.1 s"]
+    assert bus._quantile([], 0.5) == "-"
+    one = {"gaps": 1, "events_lost": 1, "next_offset": 2, "oldest_offset": 1, "journal_segments": 1, "journal_bytes": 5}
+    said = "\n".join(bus._summary(dict(one)))
+    assert "1 gap of 1 event\n" in said and "(1 event), 5B in 1 segment" in said
+    said = "\n".join(bus._summary({key: 2 * value for key, value in one.items()}))
+    assert "2 gaps of 2 events\n" in said and "(2 events), 10B in 2 segments" in said

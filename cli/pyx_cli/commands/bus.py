@@ -19,8 +19,15 @@ def _quantile(histogram: list[int], share: float) -> str:
         seen += count
         if total and seen >= share * total:
             bound_us = 1 << power
-            return f"<{bound_us} µs" if bound_us < 1000 else f"<{bound_us / 1000:.3g} ms"
+            for unit, size in (("s", 1_000_000), ("ms", 1000)):
+                if bound_us >= size:
+                    return f"<{bound_us / size:.3g} {unit}"
+            return f"<{bound_us} µs"
     return "-"
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _methods(stats: dict[str, object]) -> list[list[str]]:
@@ -45,9 +52,9 @@ def _summary(stats: dict[str, object]) -> list[str]:
         f"Calls: {count('calls_total')}, {count('calls_in_flight')} in flight",
         f"Events: {count('events_total')} published, {count('events_duplicate')} came twice, {count('events_refused')} refused",
         f"Subscriptions: {count('subscriptions')}, {count('slow_readers')} reading behind (by {count('most_behind')} at most), "
-        f"{count('gaps')} gaps of {count('events_lost')} events",
-        f"Journal: {text(stats, 'journal_id')}, offsets {count('oldest_offset')} to {count('next_offset') - 1} ({kept} events), "
-        f"{human_size(count('journal_bytes'))} in {count('journal_segments')} segments",
+        f"{_many(count('gaps'), 'gap')} of {_many(count('events_lost'), 'event')}",
+        f"Journal: {text(stats, 'journal_id')}, offsets {count('oldest_offset')} to {count('next_offset') - 1} ({_many(kept, 'event')}), "
+        f"{human_size(count('journal_bytes'))} in {_many(count('journal_segments'), 'segment')}",
         *([f"The journal can't be written: {error}"] if (error := text(stats, "journal_error")) else []),
     ]
 
