@@ -302,7 +302,7 @@ class Bus(Calls):
                 group.start_soon(bus.run, group)
                 await bus.flush()
                 group.cancel_scope.cancel()
-            log.warning("published %d events that a predecessor had left", len(events) - bus.events_refused)
+            log.info("published %d events that a predecessor had left", len(events) - bus.events_refused)
         bus.close()
 
     def close(self) -> None:
