@@ -74,14 +74,17 @@ class Filter:
         """Whether an event for which ``topic`` gave None passes."""
         try:
             event = unpackb(raw)
-            actor, attributes = str(event["id"]), event.get("attributes", {})
-            return all(
-                _holds(field, values, topic, actor, attributes) != negated
-                for field, negated, values in self.wanted
-                if field not in ("type", "service")
-            )
-        except (ValueError, TypeError, KeyError, AttributeError):
+            return self.holds(topic, event["id"], event.get("attributes", {}))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return False  # it isn't an event as the contract has them
+
+    def holds(self, topic: str, actor: str, attributes: dict[str, str]) -> bool:
+        """The same for an event that is decoded already."""
+        return all(
+            _holds(field, values, topic, actor, attributes) != negated
+            for field, negated, values in self.wanted
+            if field not in ("type", "service")
+        )
 
 
 class _Values(list[str]):
@@ -104,14 +107,16 @@ class _Values(list[str]):
 def _holds(field: str, values: _Values, topic: str, actor: str, attributes: dict[str, str]) -> bool:
     if field == "event":
         action = action_of(topic)
-        said = {action, f"{action}: {attributes.get(action, '')}"}
+        # Docker's long forms: "health_status: healthy", "exec_create: ls -l"
+        more = attributes.get("command" if action.startswith("exec_") else action, "")
+        said = {action, f"{action}: {more}"}
         return any(value in said for value in values)
     if field == "label":
         return all(_label(attributes, value) for value in values)
     if field == topic.partition(".")[0]:
-        names = [actor, str(attributes.get("name", ""))]
+        names = [actor, attributes.get("name", "")]
     else:
-        names = [str(attributes[field])] if field in attributes else []
+        names = [attributes[field]] if field in attributes else []
     if field == "image":
         names += [name.rpartition(":")[0] for name in names if "/" not in name.rpartition(":")[2]]
     return any(map(values.names, names))

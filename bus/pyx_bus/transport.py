@@ -74,12 +74,14 @@ class Transport:
         self._buffer = bytearray(READ_SIZE) if buffer is None else buffer
         self._view = memoryview(self._buffer)
 
-    def receive(self) -> list[Frame] | None:
-        """Read once: the frames completed by it (maybe none), or None at the end of the stream.
+    def receive(self, limit: int = 0) -> list[Frame] | None:
+        """Read once, at most ``limit`` bytes if given: the frames completed by it (maybe none), or None at the end of the stream.
 
         Raises ``BlockingIOError`` if there's nothing to read, ``ProtocolError``, or ``OSError`` of a broken connection.
         """
-        size, ancillary, flags, _ = self.sock.recvmsg_into([self._buffer], _ANCILLARY, _CLOEXEC)
+        size, ancillary, flags, _ = self.sock.recvmsg_into(
+            [self._view[:limit] if limit else self._buffer], _ANCILLARY, _CLOEXEC
+        )
         self.read_bytes = size
         fds: list[int] | None = None
         if ancillary:

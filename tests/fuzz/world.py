@@ -316,7 +316,7 @@ class World:
             router.close_fds, events.MAX_BATCH = close_fds, max_batch
             self.journal.failures = 0
             for position in self.book.positions.list():
-                self.book.positions.remove(position.name)
+                self.book.positions.remove(position.uid, position.name)
 
     def close_fds(self, fds: Iterable[int]) -> None:
         for fd in fds:

@@ -104,7 +104,7 @@ def test_what_was_acknowledged_survives_a_kill_at_any_moment(tmp_path: Path, tim
         oldest = journal.oldest_offset
         assert oldest == 1 or not timely or journal.size_bytes > LIMITS.max_bytes // 2
         _check(_read(journal, max(checked, oldest)), max(checked, oldest), journal.next_offset)
-        position = Positions(tmp_path / "positions", identity).get("reader")
+        position = Positions(tmp_path / "positions", identity).get(0, "reader")
         assert position is not None
         assert checked < position.offset <= journal.next_offset
         checked, sequence = journal.next_offset, last

@@ -300,7 +300,9 @@ def account(root: Peer, uid: int) -> dict[str, int]:
 
 def assert_forgotten(root: Peer, uid: int) -> None:
     """Nothing is left of a user's account."""
-    wait_for(lambda: not any(value for key, value in account(root, uid).items() if key != "uid"), f"user {uid} to be gone")
+    wait_for(
+        lambda: not any(value for key, value in account(root, uid).items() if key != "uid"), f"user {uid} to be gone"
+    )
 
 
 def assert_others_are_served(peers: Peers, uids: tuple[int, ...] = (0, OTHER_MEMBER)) -> None:
@@ -462,16 +464,19 @@ def test_a_monitor_sees_events_and_the_brokers_figures(peers: Peers, netd: Servi
     assert watcher.events(2) == [(offset, "network.create", 1), (offset + 1, "network.destroy", 2)]
 
 
-def test_a_monitor_forgets_registers_and_publishes_nothing(peers: Peers) -> None:
+def test_a_monitor_registers_and_publishes_nothing_and_forgets_only_its_own(peers: Peers) -> None:
     watcher, member = peers(WATCHER, MONITORS), peers(MEMBER, USERS)
     # somebody's durable subscription that a monitor would like to be rid of
     member.ask(wire.SUBSCRIBE, body={"patterns": [">"], "durable": "keep"}, peer=1)
     member.close()
     with pytest.raises(errors.PermissionDenied):
-        watcher.call("bus.forget", {"name": "keep"})
-    assert [durable["name"] for durable in watcher.call("bus.durables")["durables"]] == ["keep"]
+        watcher.call("bus.forget", {"name": "keep", "uid": MEMBER})
+    watcher.ask(wire.SUBSCRIBE, body={"patterns": [">"], "durable": "keep"}, peer=1)
+    watcher.send(wire.UNSUBSCRIBE, peer=1)
+    assert [durable["uid"] for durable in watcher.call("bus.durables")["durables"]] == [WATCHER]  # it sees its own
+    watcher.call("bus.forget", {"name": "keep"})
     assert_no_service(watcher)
-    peers(0).call("bus.forget", {"name": "keep"})
+    peers(0).call("bus.forget", {"name": "keep", "uid": MEMBER})
 
 
 # who may register and publish ---------------------------------------------------------------------------------------------

@@ -149,7 +149,7 @@ def test_since_an_offset_a_time_or_the_beginning(bench: Bench) -> None:
         reader = bench.peer()
         bench.subscribe(reader, ["a.>"], **options)  # type: ignore[arg-type]
         bench.read_on()
-        bench.publish(publisher, b"x.y", 0)  # nobody's
+        bench.publish(bench.peer("other"), b"x.y", 1)  # nobody's
         assert [int(actor) for _, _, actor in events_in(reader.take())] == list(range(first, 6)), options
     reader = bench.peer()
     bench.subscribe(reader, ["a.b"], since=bench.journal.next_offset + 1)
@@ -285,7 +285,7 @@ def test_a_durable_subscription_goes_on_where_it_was_acknowledged(tmp_path: Path
     bench.subscribe(second, ["a.*"], durable="mine", since="beginning")
     bench.read_on()
     assert [actor for _, _, actor in events_in(second.take())] == ["3", "4"]
-    assert bench.events.subscriptions.durables()[0]["offset"] == got[2][0]
+    assert bench.events.subscriptions.durables(None)[0]["offset"] == got[2][0]
     bench.close()
     # ... also after the broker's restart
     bench = Bench(tmp_path)
@@ -302,15 +302,73 @@ def test_a_durable_subscription_goes_on_where_it_was_acknowledged(tmp_path: Path
     bench.close()
 
 
-def test_a_durable_subscription_belongs_to_its_user(bench: Bench) -> None:
-    owner = bench.peer(uid=5, role=MONITOR, may_be="")
-    bench.subscribe(owner, [">"], durable="mine")
-    bench.router.drop(owner)
-    thief = bench.peer(uid=6, role=USER, may_be="")
-    bench.subscribe(thief, [">"], durable="mine")
-    assert errors_in(thief.take()) == ["permission_denied"]
-    bench.call(thief, b"bus.forget", 6, packb({"name": "mine"}))
-    assert errors_in(thief.take()) == ["permission_denied"]
+def test_every_user_has_durable_names_of_its_own(bench: Bench) -> None:
+    publisher, monitor = bench.peer("pub"), bench.peer(uid=5, role=MONITOR, may_be="")
+    bench.subscribe(monitor, ["a.*"], durable="mine")
+    root = bench.peer()
+    bench.subscribe(root, ["a.*"], durable="mine", since="beginning")
+    assert errors_in(monitor.take()) + errors_in(root.take()) == []
+    bench.publish(publisher, b"a.b", 1)
+    (offset,) = (offset for offset, _, _ in events_in(monitor.take()))
+    bench.receive(monitor, Frame(wire.ACK, peer=1, arg=offset))
+    assert {(one["uid"], one["offset"]) for one in bench.events.subscriptions.durables(None)} == {
+        (0, 1),
+        (5, offset + 1),
+    }
+    assert [one["uid"] for one in bench.events.subscriptions.durables(5)] == [5]
+    bench.router.drop(root)
+    other = bench.peer(uid=6, role=USER, may_be="")
+    for serial, body in enumerate(({"name": "mine"}, {"name": "mine", "uid": 0}), 1):
+        bench.call(other, b"bus.forget", serial, packb(body))
+    assert errors_in(other.take()) == ["not_found", "permission_denied"]
+    bench.receive(monitor, Frame(wire.UNSUBSCRIBE, peer=1))
+    bench.call(monitor, b"bus.forget", 9, packb({"name": "mine"}))  # its own, monitors too
+    assert errors_in(monitor.take()) == []
+    assert [one["uid"] for one in bench.events.subscriptions.durables(None)] == [0]
+
+
+def test_an_event_that_cannot_be_filtered_ends_nobody(bench: Bench) -> None:
+    """Lists in one another, as deep as msgpack's reader bears, where a text belongs: refused, or a reader that filters would fail."""
+    publisher = bench.peer("pub")
+    for number, depth in enumerate((1, 500, 985, 990, 5000), 1):
+        nested = b"\x91" * depth + b"\xa1x"
+        payload = b"\x82\xa2id\xa1x\xaaattributes\x81\xa4name" + nested
+        bench.publish(publisher, b"image.pull", number, payload=payload)
+    assert errors_in(publisher.take()) == ["invalid_argument"] * 5
+    assert bench.journal.next_offset == 1
+
+
+def test_many_events_of_one_topic_are_decoded_once_for_all_filters(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pyx_bus.broker import events
+
+    decoded = []
+    decode = events._decode
+    publisher = bench.peer("pub")
+    for number in range(40):
+        bench.subscribe(bench.peer(), ["a.*"], filters={"label!": [f"x={number}"]})
+    monkeypatch.setattr(events, "_decode", lambda raw: decoded.append(raw) or decode(raw))
+    bench.publish(publisher, b"a.b", 1, 2, 3)
+    assert len(decoded) == 6  # to check them, and to filter
+
+
+def test_subscriptions_of_one_connection_read_in_turn(bench: Bench) -> None:
+    """The peer takes a piece at a time: both get their share."""
+    publisher, reader = bench.peer("pub"), bench.peer()
+    payload = event(1, x="y" * 60_000)
+    for n in range(1, 41):
+        bench.publish(publisher, b"a.b", n, payload=payload)
+    for id_ in (1, 2):
+        bench.subscribe(reader, ["a.b"], since="beginning", id_=id_)
+    reader.take()
+    order = []
+    for _ in range(12):
+        bench.events.subscriptions.ready.clear()
+        bench.events.drained(reader)
+        bench.events.read_on()
+        order += sorted({frame.peer for frame in reader.take()})
+    assert sorted(order[:6]) == [1, 1, 1, 2, 2, 2]
 
 
 def test_only_durable_ones_acknowledge_and_only_what_there_is(bench: Bench) -> None:

@@ -94,17 +94,18 @@ def test_a_client_survives_any_batch(body: bytes) -> None:
 
 
 def test_a_reader_goes_on_though_its_user_is_over_its_quota(tmp_path: Path) -> None:
-    """Another connection of the same user doesn't read. This one does: it's behind for a moment, and never blocked, so that nothing but
-    the falling behind itself can tell the broker to go on."""
+    """Another connection of the same user doesn't read. This one does: it's behind, and never blocked, so that nothing but room of its
+    user's can tell the broker to go on."""
     bench = Bench(tmp_path)
-    reader, publisher = bench.peer(), bench.peer()
+    reader, publisher = bench.peer(uid=7, role=USER, may_be=""), bench.peer()
     bench.subscribe(reader, [">"])
     reader.take()
     reader.user.queued_bytes = reader.user.max_queued_bytes + 1
-    reader.backlog = 100  # an event of the same turn, which goes out at its end
     bench.publish(publisher, b"a.b", 1)
-    assert bench.events.subscriptions.behind() == [1]
-    reader.backlog = 0
+    bench.read_on()
+    assert (reader.take(), bench.events.subscriptions.behind()) == ([], [1])
+    reader.user.queued_bytes = 0
+    bench.events.subscriptions.user_has_room(7)
     bench.read_on()
     assert events_in(reader.take()) == [(1, "a.b", "1")]
     assert bench.events.subscriptions.behind() == []
@@ -167,7 +168,16 @@ def test_what_the_broker_decodes_itself_is_small(tmp_path: Path, kind: int, rout
 
 @pytest.mark.parametrize("number", [float("inf"), float("nan"), None, "x", [], b""])
 def test_a_broker_that_lies_with_numbers(number: object) -> None:
-    body = packb({"lost": number, "first_offset": number, "last_offset": number, "next_offset": number, "connection": number, "bus": "x"})
+    body = packb(
+        {
+            "lost": number,
+            "first_offset": number,
+            "last_offset": number,
+            "next_offset": number,
+            "connection": number,
+            "bus": "x",
+        }
+    )
     with pytest.raises(ProtocolError):
         session.gap_body(Frame(wire.GAP, b"", body))
     with pytest.raises(ProtocolError):

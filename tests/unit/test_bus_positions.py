@@ -10,7 +10,7 @@ import pytest
 
 from pyx_bus.broker import positions as positions_module
 from pyx_bus.broker.positions import Positions
-from pyx_bus.errors import InvalidArgument, NotFound, PermissionDenied, ResourceExhausted
+from pyx_bus.errors import InvalidArgument, NotFound, ResourceExhausted
 
 JOURNAL = "0123456789abcdef"
 
@@ -30,15 +30,16 @@ def test_an_acknowledged_position_is_there_for_the_next_broker(tmp_path: Path) -
     second.close()
 
 
-def test_a_position_belongs_to_its_user_and_root_may_take_any(tmp_path: Path) -> None:
+def test_every_user_has_names_of_its_own(tmp_path: Path) -> None:
     positions = Positions(tmp_path, JOURNAL)
-    positions.open("mine", 1000, 1)
-    with pytest.raises(PermissionDenied, match="'mine' belongs to another user"):
-        positions.open("mine", 1001, 1)
-    root = positions.open("mine", 0, 1)
-    root.ack(5)
-    assert Positions(tmp_path, JOURNAL).open("mine", 1000, 1).offset == 6
+    for uid, offset in ((1000, 5), (1001, 7), (0, 9)):
+        positions.open("mine", uid, 1).ack(offset)
     positions.close()
+    again = Positions(tmp_path, JOURNAL)
+    assert [(one.uid, one.offset) for one in again.list()] == [(0, 10), (1000, 6), (1001, 8)]
+    again.remove(1000, "mine")
+    assert [one.uid for one in again.list()] == [0, 1001]
+    again.close()
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", ".x", "-x", "_x", "a/b", "a\0b", "a b", "é", "x" * 65, "a\n"])
@@ -62,24 +63,30 @@ def test_there_is_a_bound_for_each_user_and_for_all(tmp_path: Path, monkeypatch:
     with pytest.raises(ResourceExhausted):
         positions.open("sixth", 1003, 1)
     positions.open("fifth", 1002, 1)
-    positions.remove("fifth")
+    positions.remove(1002, "fifth")
     positions.open("sixth", 1003, 1)
-    assert [position.name for position in positions.list()] == ["fourth", "sixth", *("x" * 62 + f"-{n}" for n in range(3))]
+    assert [position.name for position in positions.list()] == [
+        *("x" * 62 + f"-{n}" for n in range(3)),
+        "fourth",
+        "sixth",
+    ]
     positions.close()
 
 
 def test_what_is_removed_is_gone_and_an_ack_does_not_bring_it_back(tmp_path: Path) -> None:
     positions = Positions(tmp_path, JOURNAL)
     position = positions.open("a", 1, 1)
-    positions.remove("a")
+    positions.remove(1, "a")
     position.ack(7)
-    assert positions.get("a") is None
+    assert positions.get(1, "a") is None
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(NotFound):
-        positions.remove("a")
+        positions.remove(1, "a")
 
 
-def test_a_damaged_position_starts_over_and_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_position_begins_at_the_oldest_and_is_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     positions = Positions(tmp_path, JOURNAL)
     positions.open("a", 1000, 1).ack(10)
     positions.close()
@@ -92,10 +99,9 @@ def test_a_damaged_position_starts_over_and_is_told_of(tmp_path: Path, caplog: p
         caplog.clear()
         path.write_bytes(damage)
         positions = Positions(tmp_path, JOURNAL)
-        assert "'a' is damaged" in caplog.text
-        assert positions.open("a", 1001, 33).offset == 33
+        assert '"a" of user 1000 is damaged' in caplog.text
+        assert positions.open("a", 1000, 33).offset == 0  # rather twice than never
         positions.close()
-        assert Positions(tmp_path, JOURNAL).open("a", 1001, 1).offset == 33
 
 
 def test_in_another_journal_it_begins_at_the_beginning(tmp_path: Path) -> None:

@@ -55,8 +55,7 @@ class _Signals:
         self.reload = True
 
 
-def _serve(broker: Broker) -> None:
-    signals = _Signals()
+def _serve(broker: Broker, signals: _Signals) -> None:
     reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     broker.watch(reader)
@@ -82,11 +81,13 @@ def main() -> None:
         broker = make(path, root_directory() / "bus", limits=limits(load_config("bus")), trace=trace)
     except errors.BusError as error:
         sys.exit(f"pyx-busd: {error.message}")
+    signals = _Signals()
+    broker.events.announce("service.up", "bus", {"name": "bus", "pid": str(os.getpid())})
     settle()
     notify_ready()
     log.info("ready path=%s", path)
     try:
-        _serve(broker)
+        _serve(broker, signals)
     finally:
         path.unlink(missing_ok=True)
         broker.close()

@@ -29,6 +29,7 @@ from ..wire import (
     MAX_BATCH,
     MAX_EVENT,
     PUBLISH,
+    ProtocolError,
     Run,
     encode,
     encode_batch_head,
@@ -48,13 +49,64 @@ MAX_ROUTES = 4096
 MAX_RECENT = 64
 _JOIN_BELOW = 4096  # bytes: a small batch is copied behind its head to go out in one piece
 
-_well_formed = msgspec.msgpack.Decoder(msgspec.Raw).decode
-_MAP_MARKERS = frozenset((*range(0x80, 0x90), 0xDE, 0xDF))
+
+class Actor(msgspec.Struct):
+    """What every payload is a map with. Decoding it checks all of the payload for being msgpack."""
+
+    id: str = ""
+    time_ns: int = 0
+    attributes: dict[str, str] = {}
+
+
+_decode = msgspec.msgpack.Decoder(Actor).decode
 _TOPIC_BYTES = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789_-.")
 
 Bounds = list[tuple[int, int, int]]
 # (who, from, to) of neighbouring events with the same recipients
 Groups = list[tuple[Recipients, int, int]]
+
+
+class Batch:
+    """Events that were published in one go, on their way to subscribers: what several of them need is made once."""
+
+    __slots__ = ("_actors", "_packed", "_slices", "data", "frames", "offset", "source", "time_ns")
+
+    def __init__(self, source: bytes, data: bytes, frames: Bounds, offset: int, time_ns: int) -> None:
+        self.source = source
+        self.data = data
+        self.frames = frames
+        self.offset = offset
+        self.time_ns = time_ns
+        self._actors: dict[int, Actor] = {}
+        self._slices: dict[tuple[int, int], bytes] = {}
+        self._packed: dict[tuple[int, int, int], tuple[bytes, bytes]] = {}
+
+    def actor(self, index: int) -> Actor:
+        found = self._actors.get(index)
+        if found is None:
+            _, payload, end = self.frames[index]
+            found = self._actors[index] = _decode(self.data[payload:end])
+        return found
+
+    def packed(self, subscription_id: int, begin: int, end: int) -> tuple[bytes, bytes]:
+        """The EVENT frame for part of it, in one piece if it's small, else its head and a slice that all share."""
+        key = (subscription_id, begin, end)
+        pair = self._packed.get(key)
+        if pair is None:
+            chunk = self._slice(begin, end)
+            head = encode_batch_head(
+                self.source, subscription_id, end - begin, self.offset + begin, self.time_ns, len(chunk)
+            )
+            pair = self._packed[key] = (head + chunk, b"") if len(chunk) < _JOIN_BELOW else (head, chunk)
+        return pair
+
+    def _slice(self, begin: int, end: int) -> bytes:
+        if end - begin == len(self.frames):
+            return self.data
+        chunk = self._slices.get((begin, end))
+        if chunk is None:
+            chunk = self._slices[begin, end] = self.data[self.frames[begin][0] : self.frames[end - 1][2]]
+        return chunk
 
 
 class Events:
@@ -86,6 +138,8 @@ class Events:
             peer.refused_from = 0
         data, frames, first = run.body, run.frames, run.first
         if peer.publisher:
+            if not first:
+                raise ProtocolError("a publisher's sequence numbers begin at 1")
             last, _ = self.journal.published(peer.publisher)
             if first <= last:
                 seen = min(last - first + 1, len(frames))
@@ -106,6 +160,7 @@ class Events:
             if refusal is not None:
                 self.refused += 1
                 peer.send(encode(ERROR, b"", packb(errors.to_body(refusal)), 0, 0, first + end))
+                self._remember(peer.publisher, first + end + 1, first + end)  # none of them has an offset
                 end += 1
             begin = end
 
@@ -143,9 +198,7 @@ class Events:
                     recipients = self._route(peer, topic)
                 if end - start > MAX_EVENT + HEADER_SIZE:
                     raise errors.InvalidArgument(f"event is larger than the limit of {MAX_EVENT} bytes")
-                if data[payload] not in _MAP_MARKERS:
-                    raise errors.InvalidArgument(f"payload of {topic!r} is no map")
-                _well_formed(view[payload:end])
+                _decode(view[payload:end])
                 if recipients is not current:
                     if current is not None:
                         groups.append((current, since - begin, index - begin))
@@ -156,8 +209,8 @@ class Events:
             refusal = error.with_traceback(
                 None
             )  # which would hold this frame, and so the run, until the next collection
-        except (IndexError, msgspec.DecodeError, RecursionError) as error:
-            refusal = errors.InvalidArgument(f"payload of {topic!r} is not msgpack: {error}")
+        except (msgspec.DecodeError, RecursionError) as error:
+            refusal = errors.InvalidArgument(f"payload of {topic!r} is no event: {error}")
         if current is not None:
             groups.append((current, since - begin, index - begin))
         return groups, index, refusal
@@ -191,13 +244,17 @@ class Events:
             return False
         self.journal_error = ""
         self.published += count
-        if peer.publisher:
-            recent = self._recent.get(peer.publisher)
-            if recent is None:
-                recent = self._recent[peer.publisher] = deque(maxlen=MAX_RECENT)
-            recent.append((first, first + count - 1, offset + count))
+        self._remember(peer.publisher, first, first + count - 1)
         self._deliver(peer.source, data, frames, offset, groups, tail)
         return True
+
+    def _remember(self, publisher: bytes, first: int, last: int) -> None:
+        """That these, the latest of a publisher, are dealt with: what comes after them begins at the journal's end."""
+        if publisher:
+            recent = self._recent.get(publisher)
+            if recent is None:
+                recent = self._recent[publisher] = deque(maxlen=MAX_RECENT)
+            recent.append((first, last, self.journal.next_offset))
 
     def offset_after(self, publisher: bytes, sequence: int) -> int:
         """The offset that follows a publisher's event; 0 if that isn't known."""
@@ -215,76 +272,51 @@ class Events:
 
     # --- delivering --------------------------------------------------------------------------------------------------
 
-    def _deliver(
-        self,
-        source: bytes,
-        data: bytes,
-        frames: Bounds,
-        offset: int,
-        groups: Groups,
-        tail: Cursor,
-    ) -> None:
-        time_ns = self.journal.last_time_ns
-        packed: dict[
-            tuple[int, int, int], tuple[bytes, bytes]
-        ] = {}  # made once for all that have the same subscription ID
+    def _deliver(self, source: bytes, data: bytes, frames: Bounds, offset: int, groups: Groups, tail: Cursor) -> None:
+        batch = Batch(source, data, frames, offset, self.journal.last_time_ns)
         for (subscription, certain), begin, end in _by_recipient(groups):
             if subscription.cursor is not None:
                 continue  # it will read this from the journal
             peer = subscription.peer
-            waiting = peer.queued_bytes
-            if waiting > MAX_EVENT_QUEUE or (waiting and peer.user.queued_bytes > peer.user.max_queued_bytes):
+            if peer.queued_bytes > MAX_EVENT_QUEUE or peer.user_is_full:
                 self.fell_behind += 1
                 subscription.cursor = copy(tail)
                 subscription.cursor.offset = offset + begin
                 self.subscriptions.ready[subscription] = None  # its peer may take more at the end of this turn
                 continue
-            if not certain:
-                self._send_matching(subscription, source, data, frames[begin:end], offset + begin, time_ns)
-                continue
-            key = (subscription.id, begin, end)
-            pair = packed.get(key)
-            if pair is None:
-                chunk = data if end - begin == len(frames) else data[frames[begin][0] : frames[end - 1][2]]
-                head = encode_batch_head(source, subscription.id, end - begin, offset + begin, time_ns, len(chunk))
-                pair = packed[key] = (head + chunk, b"") if len(chunk) < _JOIN_BELOW else (head, chunk)
-            head, chunk = pair
-            peer.send(head)
-            if chunk:
-                peer.send(chunk)
-            if subscription.heartbeat_ns:
-                subscription.quiet_since_ns = self._monotonic_ns()
+            if certain:
+                self._send(subscription, batch, begin, end)
+            else:
+                self._send_matching(subscription, batch, begin, end)
 
-    def _send_matching(
-        self, subscription: Subscription, source: bytes, data: bytes, frames: Bounds, offset: int, time_ns: int
-    ) -> None:
+    def _send_matching(self, subscription: Subscription, batch: Batch, begin: int, end: int) -> None:
         """Send those of consecutive events that pass, in as few batches as that takes."""
         filter_ = subscription.filter
-        begin = -1
+        since = -1
         verdicts: dict[bytes, bool | None] = {}
-        name = source.decode()
-        for index, (start, payload, end) in enumerate(frames):
-            route = data[start + HEADER_SIZE : payload]
+        name = batch.source.decode()
+        for index in range(begin, end):
+            start, payload, _ = batch.frames[index]
+            route = batch.data[start + HEADER_SIZE : payload]
             if route not in verdicts:
                 verdicts[route] = filter_.topic(route.decode(), name)
             passes = verdicts[route]
             if passes is None:
-                passes = filter_.payload(route.decode(), data[payload:end])
-            if passes and begin < 0:
-                begin = index
-            elif not passes and begin >= 0:
-                self._send_batch(subscription, source, data, frames[begin:index], offset + begin, time_ns)
-                begin = -1
-        if begin >= 0:
-            self._send_batch(subscription, source, data, frames[begin:], offset + begin, time_ns)
+                actor = batch.actor(index)
+                passes = filter_.holds(route.decode(), actor.id, actor.attributes)
+            if passes and since < 0:
+                since = index
+            elif not passes and since >= 0:
+                self._send(subscription, batch, since, index)
+                since = -1
+        if since >= 0:
+            self._send(subscription, batch, since, end)
 
-    def _send_batch(
-        self, subscription: Subscription, source: bytes, data: bytes, frames: Bounds, offset: int, time_ns: int
-    ) -> None:
-        chunk = data[frames[0][0] : frames[-1][2]]
-        subscription.peer.send(
-            encode_batch_head(source, subscription.id, len(frames), offset, time_ns, len(chunk)) + chunk
-        )
+    def _send(self, subscription: Subscription, batch: Batch, begin: int, end: int) -> None:
+        head, chunk = batch.packed(subscription.id, begin, end)
+        subscription.peer.send(head)
+        if chunk:
+            subscription.peer.send(chunk)
         if subscription.heartbeat_ns:
             subscription.quiet_since_ns = self._monotonic_ns()
 
@@ -303,6 +335,11 @@ class Events:
         cursor, peer = subscription.cursor, subscription.peer
         if cursor is None or peer.queued_bytes:
             return  # its time comes when it's drained
+        if peer.user_is_full:
+            self.subscriptions.wait_for_user(subscription)
+            return
+        # The next time another subscription of the same connection comes first.
+        peer.subscriptions[subscription.id] = peer.subscriptions.pop(subscription.id)
         for item in self.journal.read(cursor, MAX_BATCH):
             if isinstance(item, Hole):
                 self._tell_gap(subscription, item)
@@ -315,15 +352,13 @@ class Events:
 
     def _send_record(self, subscription: Subscription, record: Record) -> None:
         if subscription.filter.everything:
-            head = encode_batch_head(
-                record.source, subscription.id, record.count, record.first_offset, record.time_ns, len(record.frames)
-            )
-            subscription.peer.send(head)
-            subscription.peer.send(record.frames)
-            subscription.quiet_since_ns = self._monotonic_ns()
+            frames: Bounds = [(0, 0, 0)] * record.count  # which nobody looks at
+            batch = Batch(record.source, record.frames, frames, record.first_offset, record.time_ns)
+            self._send(subscription, batch, 0, record.count)
             return
         frames = frame_bounds(record.frames)
-        self._send_matching(subscription, record.source, record.frames, frames, record.first_offset, record.time_ns)
+        batch = Batch(record.source, record.frames, frames, record.first_offset, record.time_ns)
+        self._send_matching(subscription, batch, 0, record.count)
 
     def _tell_gap(self, subscription: Subscription, hole: Hole) -> None:
         self.gaps += 1

@@ -28,6 +28,7 @@ class Peer(ABC):
         "name",
         "pid",
         "publisher",
+        "pushed",
         "refused_from",
         "role",
         "routes",
@@ -52,6 +53,7 @@ class Peer(ABC):
         self.name = ""
         self.service = ""
         self.calls: dict[int, OpenCall] = {}  # by serial
+        self.pushed: dict[int, int] = {}  # as a service: bytes of calls since my queue was empty, by the caller's user
         self.incoming: set[tuple[int, int]] = set()  # calls I have as a service: (caller's ID, serial)
         self.subscriptions: dict[int, Subscription] = {}
         # as a publisher
@@ -69,6 +71,11 @@ class Peer(ABC):
     @abstractmethod
     def queued_bytes(self) -> int:
         """What the peer hasn't taken yet."""
+
+    @property
+    def user_is_full(self) -> bool:
+        """Its user's connections together have as much unread as they may. Doesn't hold for who could stop the broker anyway."""
+        return not self.trusted and self.user.queued_bytes > self.user.max_queued_bytes
 
     @abstractmethod
     def disconnect(self, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""How far durable subscriptions have got: one small file for each, named as the subscription.
+"""How far durable subscriptions have got: one small file for each, named by its user and its name. Every user has names of its own.
 
 An acknowledged position is in the kernel when `Position.ack` returns: it survives the broker's being killed. A power cut may take it a
 little back, so that events acknowledged just before come once more; never forward.
@@ -19,8 +19,8 @@ from pathlib import Path
 from struct import Struct
 from zlib import crc32
 
-from ..errors import InvalidArgument, NotFound, PermissionDenied, ResourceExhausted, Unavailable
-from .segment import write_all
+from ..errors import InvalidArgument, NotFound, ResourceExhausted, Unavailable
+from .segment import synchronise, write_all
 
 _log = getLogger(__name__)
 
@@ -67,7 +67,7 @@ class Position:
 
     def _write(self, flags: int = 0) -> None:
         if self._fd < 0:
-            self._fd = os.open(self._positions.path(self.name), os.O_WRONLY | os.O_CLOEXEC | flags, 0o600)
+            self._fd = os.open(self._positions.path(self.uid, self.name), os.O_WRONLY | os.O_CLOEXEC | flags, 0o600)
         rest = _REST.pack(self.uid, self._positions.journal_id, self.offset, self.acked_ns)
         write_all(self._fd, _MAGIC + crc32(rest).to_bytes(4, "little") + rest, 0)
 
@@ -86,74 +86,79 @@ class Positions:
         self.now_ns = now_ns
         self.journal_id = journal_id.encode()[:16].ljust(16, b"\0")
         self._directory = directory
-        self._all: dict[str, Position] = {}
+        self._all: dict[tuple[int, str], Position] = {}
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory.chmod(0o700)
         for path in directory.glob("*" + _SUFFIX):
-            name = path.name.removesuffix(_SUFFIX)
-            position = self._load(path, name) if is_valid_name(name) else None
-            if position is not None:
-                self._all[name] = position
+            uid, _, name = path.name.removesuffix(_SUFFIX).partition(".")
+            if uid.isdecimal() and is_valid_name(name):
+                self._all[int(uid), name] = self._load(path, int(uid), name)
 
-    def _load(self, path: Path, name: str) -> Position | None:
+    def _load(self, path: Path, owner: int, name: str) -> Position:
         data = path.read_bytes()
         if len(data) == _FORM.size:
             magic, crc, uid, journal_id, offset, acked_ns = _FORM.unpack(data)
-            if magic == _MAGIC and crc == crc32(data[_FORM.size - _REST.size :]):
+            if magic == _MAGIC and crc == crc32(data[_FORM.size - _REST.size :]) and uid == owner:
                 if journal_id != self.journal_id:  # all there is in this journal came after what it saw
                     offset = 0
                 return Position(self, name, uid, offset, acked_ns)
-        _log.error("the position of the durable subscription '%s' is damaged: it will start over", name)
-        return None
+        _log.error(
+            'the position of the durable subscription "%s" of user %d is damaged: it begins at the oldest event',
+            name,
+            owner,
+        )
+        return Position(self, name, owner, 0, 0)
 
-    def path(self, name: str) -> Path:
-        return self._directory / (name + _SUFFIX)
+    def path(self, uid: int, name: str) -> Path:
+        return self._directory / f"{uid}.{name}{_SUFFIX}"
 
     def open(self, name: str, uid: int, start_offset: int) -> Position:
         """The position of that name; a new one is at ``start_offset``.
 
-        Raises ``InvalidArgument`` (name), ``PermissionDenied`` (another user's, and not root), ``ResourceExhausted`` (too many, or
-        no room on the disk), ``Unavailable`` (the disk failed).
+        A new one is on the disk when this returns: after a power cut it mustn't begin later than now. Raises ``InvalidArgument`` (name),
+        ``ResourceExhausted`` (too many, or no room on the disk), ``Unavailable`` (the disk failed).
         """
         if not is_valid_name(name):
             raise InvalidArgument(
-                f"'{name[:100]}' can't name a durable subscription", hint=f"letters, digits and _.- after the first, {MAX_NAME} at most"
+                f"'{name[:100]}' can't name a durable subscription",
+                hint=f"letters, digits and _.- after the first, {MAX_NAME} at most",
             )
-        position = self._all.get(name)
+        position = self._all.get((uid, name))
         if position is not None:
-            if uid not in (0, position.uid):
-                raise PermissionDenied(f"the durable subscription '{name}' belongs to another user")
             return position
-        if len(self._all) >= MAX_POSITIONS or sum(other.uid == uid for other in self._all.values()) >= MAX_OF_USER:
+        if len(self._all) >= MAX_POSITIONS or sum(owner == uid for owner, _ in self._all) >= MAX_OF_USER:
             raise ResourceExhausted(
-                f"too many durable subscriptions: {MAX_OF_USER} of a user, {MAX_POSITIONS} in all", hint="remove one that isn't used"
+                f"too many durable subscriptions: {MAX_OF_USER} of a user, {MAX_POSITIONS} in all",
+                hint="remove one that isn't used",
             )
         position = Position(self, name, uid, start_offset, self.now_ns())
         try:
             position._write(os.O_CREAT | os.O_TRUNC)
+            os.fsync(position._fd)
+            synchronise(self._directory)
         except OSError as e:
             position.close()
-            self.path(name).unlink(missing_ok=True)
+            self.path(uid, name).unlink(missing_ok=True)
             reason = f"can't write the position of the durable subscription '{name}': {(e.strerror or str(e)).lower()}"
             raise (ResourceExhausted if e.errno in _FULL else Unavailable)(reason) from e
-        self._all[name] = position
+        self._all[uid, name] = position
         return position
 
-    def get(self, name: str) -> Position | None:
-        return self._all.get(name)
+    def get(self, uid: int, name: str) -> Position | None:
+        return self._all.get((uid, name))
 
     def list(self) -> list[Position]:
-        """All of them, by name."""
-        return [self._all[name] for name in sorted(self._all)]
+        """All of them, by user and name."""
+        return [self._all[key] for key in sorted(self._all)]
 
-    def remove(self, name: str) -> None:
+    def remove(self, uid: int, name: str) -> None:
         """Raises ``NotFound``, ``OSError``."""
-        position = self._all.get(name)
+        position = self._all.get((uid, name))
         if position is None:
             raise NotFound(f"no durable subscription '{name[:100]}'")
-        self.path(name).unlink(missing_ok=True)
+        self.path(uid, name).unlink(missing_ok=True)
         position.close()
-        del self._all[name]
+        del self._all[uid, name]
 
     def close(self) -> None:
         for position in self._all.values():

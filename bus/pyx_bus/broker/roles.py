@@ -128,7 +128,7 @@ def owner_of(topic: str) -> str:
 
 def credentials(sock: socket.socket) -> tuple[int, int, int]:
     """(uid, gid, pid) of who connected, as of then (SO_PEERCRED)."""
-    pid, uid, gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    pid, uid, gid = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return uid, gid, pid
 
 

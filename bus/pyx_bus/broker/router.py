@@ -42,7 +42,7 @@ from ..wire import (
 from .events import Events
 from .metrics import MethodCounters
 from .peers import Peer
-from .roles import MONITOR, User
+from .roles import MONITOR, ROOT, User
 from .subscriptions import unpack_map
 
 # What waits for a peer that doesn't read. Beyond it a service gets no more calls, and a caller that doesn't take its answers is
@@ -51,8 +51,8 @@ MAX_QUEUED_BYTES = 8 << 20
 MAX_CALLS_PER_PEER = 4096
 MAX_METHODS = 512
 MAX_NAME_BYTES = 64
-# Of the broker's own methods, which change something:
-_CHANGING = frozenset({b"bus.forget"})
+# What of a service's queue one user's calls may fill, and all users' together leave free for root and the services.
+MAX_PUSHED_BYTES = MAX_FRAME
 
 
 class Service:
@@ -173,11 +173,15 @@ class Router:
             raise ProtocolError(
                 f"no common protocol version: you speak {oldest} to {newest}, this broker {PROTOCOL_VERSION}"
             )
+        publisher = body.get("publisher") or ""
+        if not isinstance(publisher, str) or len(publisher.encode(errors="replace")) > MAX_NAME_BYTES:
+            raise ProtocolError(f"a publisher's ID has at most {MAX_NAME_BYTES} bytes")
         peer.name = _short(body.get("name")) or "client"
-        peer.source = peer.name.encode()
-        if publisher := _short(body.get("publisher")):
+        # Of a service's user it's known what it is, whatever it calls itself.
+        peer.source = peer.name.encode() if peer.may_be == "*" else (peer.may_be or peer.name).encode()
+        if publisher:
             # By user, so that nobody can use up another's sequence numbers.
-            peer.publisher = f"{peer.uid}:{publisher}".encode()
+            peer.publisher = f"{peer.uid}:{publisher}".encode(errors="replace")
         welcome = {
             "version": PROTOCOL_VERSION,
             "connection": peer.id,
@@ -246,7 +250,7 @@ class Router:
         else:
             failure = self._objection(peer, frame, service)
         if failure is not None:
-            close_fds(frame.fds)
+            _drop_fds(frame)
             return self._error(peer, serial, failure)
         assert service is not None
         callee = service.peer
@@ -281,8 +285,18 @@ class Router:
             )
         if user.call_bytes + len(frame.body) > user.max_call_bytes:
             return errors.ResourceExhausted(f"user {user.uid} has more than {user.max_call_bytes} bytes in open calls")
-        if service.peer.queued_bytes > MAX_QUEUED_BYTES:
-            return errors.ResourceExhausted(f"{service.peer.service} doesn't keep up with its calls")
+        if frame.fds and peer.role == MONITOR:
+            return errors.PermissionDenied("monitors pass no descriptors")
+        callee = service.peer
+        if callee.queued_bytes:
+            pushed = callee.pushed.get(peer.uid, 0) + len(frame.body)
+            if callee.queued_bytes > MAX_QUEUED_BYTES or (pushed > MAX_PUSHED_BYTES and not peer.trusted):
+                return errors.ResourceExhausted(f"{callee.service} doesn't keep up with its calls")
+            if not peer.trusted and callee.queued_bytes > MAX_QUEUED_BYTES // 2:
+                return errors.ResourceExhausted(f"{callee.service} doesn't keep up with its calls")
+            callee.pushed[peer.uid] = pushed
+        elif callee.pushed:
+            callee.pushed.clear()
         return None
 
     def _count(self, service: Service, route: bytes) -> MethodCounters:
@@ -305,7 +319,7 @@ class Router:
         caller = self.peers.get(frame.peer)
         key = (frame.peer, frame.serial)
         if caller is None or key not in service.incoming:  # cancelled or gone meanwhile
-            return close_fds(frame.fds)
+            return _drop_fds(frame)
         arg = 0
         if frame.kind != ITEM:
             service.incoming.discard(key)
@@ -318,7 +332,7 @@ class Router:
         if caller.queued_bytes > MAX_QUEUED_BYTES or (
             user.queued_bytes + len(frame.body) > user.max_queued_bytes and not caller.trusted
         ):
-            close_fds(frame.fds)
+            _drop_fds(frame)
             return caller.disconnect(f"it, or user {user.uid}, doesn't read its answers")
         caller.send(encode(frame.kind, b"", frame.body, 0, frame.serial, arg, len(frame.fds)), frame.fds)
         return None
@@ -342,10 +356,8 @@ class Router:
     # --- the broker's own methods ------------------------------------------------------------------------------------
 
     def _own_method(self, peer: Peer, frame: Frame) -> None:
-        close_fds(frame.fds)
+        _drop_fds(frame)
         try:
-            if peer.role == MONITOR and frame.route in _CHANGING:
-                raise errors.PermissionDenied(f"{frame.route.decode()} is not for monitors")
             body = self._answer_own(peer, frame)
         except errors.BusError as error:
             return self._error(peer, frame.serial, error)
@@ -358,12 +370,15 @@ class Router:
         if frame.route == b"bus.stats":
             return self._stats()
         if frame.route == b"bus.durables":
-            return {"durables": self.events.subscriptions.durables()}
+            return {"durables": self.events.subscriptions.durables(peer.uid if peer.role == MONITOR else None)}
         if frame.route == b"bus.forget":
-            name = unpack_map(frame).get("name")
-            if not isinstance(name, str):
+            body = unpack_map(frame)
+            name, uid = body.get("name"), body.get("uid", peer.uid)
+            if not isinstance(name, str) or not isinstance(uid, int):
                 raise errors.InvalidArgument("which durable subscription?")
-            self.events.subscriptions.forget(peer, name)
+            if uid != peer.uid and peer.role != ROOT:
+                raise errors.PermissionDenied(f'the durable subscription "{name}" is user {uid}\'s')
+            self.events.subscriptions.forget(uid, name)
             return {}
         raise errors.Unimplemented(f'no method "{frame.route.decode(errors="replace")}"')
 
@@ -406,6 +421,12 @@ class Router:
             "protocol_errors": self.protocol_errors,
             **self.events.body(),
         }
+
+
+def _drop_fds(frame: Frame) -> None:
+    """Close a frame's descriptors, once."""
+    fds, frame.fds = frame.fds, []
+    close_fds(fds)
 
 
 def _short(value: object) -> str:

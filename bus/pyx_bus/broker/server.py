@@ -19,7 +19,6 @@ import select
 import socket
 import time
 import traceback
-from collections import deque
 from pathlib import Path
 
 from msgpack import packb
@@ -27,7 +26,7 @@ from msgpack import packb
 from .. import errors
 from ..sync import connect_unix
 from ..transport import Transport, close_fds
-from ..wire import ERROR, MAX_HELLO, ProtocolError, encode
+from ..wire import ERROR, MAX_HELLO, Frame, ProtocolError, encode
 from .events import Events
 from .journal import Journal, JournalError, Limits
 from .memory import give_back, resident_bytes
@@ -45,6 +44,14 @@ EXPIRE_EVERY_S = 60.0
 # After a connection has ended, what it needed is given back, if it was much. It takes a few ms: what was there at the start isn't
 # looked at (``settle``).
 TIDY_AFTER_S = 0.5
+# One turn of the loop: so much is read of one connection of an ordinary user (root's and services' are read to ``READ_SIZE``), so long
+# are frames of one connection handled, and so long those of one ordinary user's connections together; the rest comes in the next turn,
+# after what root and the services have sent meanwhile. So whoever sends as fast as it can costs others some ms of waiting.
+READ_SIZE_OF_USERS = 16 << 10
+SLICE_S = 0.002
+SLICE_OF_USER_S = 0.004
+ACCEPTS_PER_TURN = 16
+_LOOK_EVERY = 8  # frames between two looks at the clock
 SPARE_BYTES = 4 << 20
 # A frame that's half received counts against its user's quota from here on; smaller ones are everyday.
 _SMALL = 64 << 10
@@ -55,7 +62,7 @@ _IN, _OUT = select.EPOLLIN, select.EPOLLOUT
 class Connection(Peer):
     """A peer on a socket. ``accounted`` is what of ``user.queued_bytes`` is due to it."""
 
-    __slots__ = ("accounted", "blocked", "broker", "sock", "transport")
+    __slots__ = ("accounted", "blocked", "broker", "frames", "next_frame", "sock", "transport")
 
     def __init__(
         self, broker: Broker, sock: socket.socket, user: User, gid: int, pid: int, role: str, may_be: str
@@ -66,6 +73,8 @@ class Connection(Peer):
         self.transport = Transport(sock, first_frame_limit=MAX_HELLO, runs=True, buffer=broker.buffer)
         self.blocked = False
         self.accounted = 0
+        self.frames: list[Frame] = []  # read, and from ``next_frame`` on not handled yet
+        self.next_frame = 0
 
     def send(self, data: bytes, fds: list[int] | None = None) -> None:
         if self.transport.closed:
@@ -114,7 +123,8 @@ class Broker:
         self.router = Router(self.events, time.time_ns, time.monotonic_ns)
         self._listener = listener
         self._connections: dict[int, Connection] = {}
-        self._unintroduced: deque[tuple[float, Connection]] = deque()  # (when its HELLO is overdue, …), in that order
+        self._unintroduced: dict[Connection, float] = {}  # when its HELLO is overdue, in that order
+        self._unfinished: dict[Connection, None] = {}  # they have frames that were read and not handled
         self._condemned: dict[Connection, str] = {}
         self._tidy_at = 0.0
         self._usual_bytes = resident_bytes()
@@ -136,12 +146,12 @@ class Broker:
 
     def timeout_s(self) -> float:
         """How long ``step`` may wait."""
-        if self.events.subscriptions.ready or self.dirty:
+        if self.events.subscriptions.ready or self.dirty or self._unfinished:
             return 0.0
         now = time.monotonic()
         until = self._expire_at
         if self._unintroduced:
-            until = min(until, self._unintroduced[0][0])
+            until = min(until, next(iter(self._unintroduced.values())))
         if self._tidy_at:
             until = min(until, self._tidy_at)
         if self._accept_again_at:
@@ -155,6 +165,7 @@ class Broker:
 
     def step(self, timeout_s: float) -> None:
         """One turn: wait, handle what has come, write."""
+        ordinary = list(self._unfinished)
         for fd, mask in self._epoll.poll(timeout_s):
             peer = self._connections.get(fd)
             if peer is None:
@@ -165,12 +176,16 @@ class Broker:
                 continue
             if mask & _OUT:
                 self._flush_one(peer)
-            if mask & ~_OUT:
+            if not mask & ~_OUT or peer in self._unfinished:
+                continue
+            if peer.trusted:
                 self._receive(peer)
-                if self.dirty:
-                    self._flush()
+            else:
+                ordinary.append(peer)
+        if ordinary:
+            self._take_turns(ordinary)
         if self.events.subscriptions.ready:
-            self.events.read_on()
+            self._read_on()
         if self.dirty:
             self._flush()
         if (
@@ -182,11 +197,40 @@ class Broker:
         ):
             self._housekeeping()
 
+    def _take_turns(self, peers: list[Connection]) -> None:
+        """Those who have frames left over, then the ordinary users' connections that are readable, each user for its slice of time.
+
+        Who doesn't come to its turn is still readable in the next one (epoll(7): and then behind those who did).
+        """
+        spent: dict[int, float] = {}
+        for peer in peers:
+            used = spent.get(peer.uid, 0.0)
+            if used >= SLICE_OF_USER_S and not peer.trusted:
+                continue
+            started = time.monotonic()
+            if peer in self._unfinished:
+                del self._unfinished[peer]  # it goes to the end, if it isn't done then
+                self._handle(peer)
+            else:
+                self._receive(peer)
+            spent[peer.uid] = used + time.monotonic() - started
+
+    def _read_on(self) -> None:
+        subscription = next(iter(self.events.subscriptions.ready))
+        try:
+            self.events.read_on()
+        except Exception:  # a bug of ours costs a reader its connection, never the others theirs
+            log.error('a subscription failed peer="%s"\n%s', subscription.peer.name, traceback.format_exc())
+            subscription.peer.disconnect("its subscription failed")
+
     def _housekeeping(self) -> None:
         now = time.monotonic()
-        while self._unintroduced and (self._unintroduced[0][0] <= now or self._unintroduced[0][1].name):
-            _, peer = self._unintroduced.popleft()
-            if not peer.name and not peer.transport.closed:
+        while self._unintroduced:
+            peer, overdue_at = next(iter(self._unintroduced.items()))
+            if not peer.name and overdue_at > now:
+                break
+            del self._unintroduced[peer]
+            if not peer.name:
                 self._refuse(peer.sock, errors.DeadlineExceeded(f"no HELLO within {HELLO_TIMEOUT_S} s"))
                 self._end(peer)
         while self._condemned:
@@ -222,7 +266,7 @@ class Broker:
     # --- connections -------------------------------------------------------------------------------------------------
 
     def _accept(self) -> None:
-        for _ in range(_BACKLOG):
+        for _ in range(ACCEPTS_PER_TURN):
             try:
                 sock, _ = self._listener.accept()
             except BlockingIOError:
@@ -247,7 +291,7 @@ class Broker:
             else:
                 self._connections[peer.transport.fd] = peer
                 self._epoll.register(peer.transport.fd, _IN)
-                self._unintroduced.append((time.monotonic() + HELLO_TIMEOUT_S, peer))
+                self._unintroduced[peer] = time.monotonic() + HELLO_TIMEOUT_S
 
     def _admit(self, sock: socket.socket) -> Connection:
         """Raises ``PermissionDenied``, ``ResourceExhausted``."""
@@ -264,46 +308,75 @@ class Broker:
         return peer
 
     def _receive(self, peer: Connection) -> None:
+        """Read once, and handle what that brought."""
         transport = peer.transport
         if transport.closed:
             return
         try:
-            frames = transport.receive()
-            self.router.bytes_in += transport.read_bytes
-            if frames is None:
-                self._end(peer)
-                return
-            receive = self.router.receive
-            for index, frame in enumerate(frames):
-                if self._trace:
-                    log.debug('frame peer="%s" %r', peer.name, frame)
-                try:
-                    receive(peer, frame)
-                except Exception as error:
-                    # A frame that's refused is still whole; of one that failed otherwise nobody knows who has its descriptors by now.
-                    for rest in frames[index if isinstance(error, ProtocolError) else index + 1 :]:
-                        close_fds(rest.fds)
-                    raise
-            if transport.decoder.buffered_bytes > _SMALL or peer.accounted:
-                peer.account()
-                if peer.user.queued_bytes > peer.user.max_queued_bytes and not peer.trusted:
-                    raise ProtocolError(f"user {peer.uid} has more than {peer.user.max_queued_bytes} bytes under way")
+            frames = transport.receive(0 if peer.trusted else READ_SIZE_OF_USERS)
         except BlockingIOError:
             return
         except ProtocolError as error:
-            self.router.protocol_errors += 1
-            log.warning('protocol error peer="%s" pid=%d uid=%d error="%s"', peer.name, peer.pid, peer.uid, error)
-            self._refuse(peer.sock, errors.InvalidArgument(str(error)))
-            self._end(peer)
+            self._break_off(peer, error)
+            return
         except OSError as error:
             if error.errno not in (errno.ECONNRESET, errno.EPIPE, errno.EBADF):
                 log.warning('connection failed peer="%s" pid=%d error="%s"', peer.name, peer.pid, error)
             self._end(peer)
+            return
+        if frames is None:
+            self._end(peer)
+            return
+        self.router.bytes_in += transport.read_bytes
+        peer.frames, peer.next_frame = frames, 0
+        self._handle(peer)
+
+    def _handle(self, peer: Connection) -> None:
+        """The frames that were read, for a slice of time; then write what that caused."""
+        if peer.transport.closed:
+            return
+        frames, index = peer.frames, peer.next_frame
+        receive = self.router.receive
+        until = time.monotonic() + SLICE_S
+        try:
+            while index < len(frames):
+                frame = frames[index]
+                index += 1
+                if self._trace:
+                    log.debug('frame peer="%s" %r', peer.name, frame)
+                receive(peer, frame)
+                if not index % _LOOK_EVERY and time.monotonic() > until:
+                    break
+            peer.next_frame = index
+            if index < len(frames):
+                self._unfinished[peer] = None
+            else:
+                peer.frames = []
+        except ProtocolError as error:
+            close_fds(frames[index - 1].fds)  # a frame that's refused is still whole
+            peer.next_frame = index
+            self._break_off(peer, error)
         except Exception as error:  # a bug of ours costs this peer its connection, never the others theirs
+            # Of a frame that failed otherwise nobody knows who has its descriptors by now.
             log.error(
                 'connection failed peer="%s" pid=%d error="%r"\n%s', peer.name, peer.pid, error, traceback.format_exc()
             )
+            peer.next_frame = index
             self._end(peer)
+        else:
+            if peer.transport.decoder.buffered_bytes > _SMALL or peer.accounted:
+                peer.account()
+                if peer.user_is_full:
+                    too_much = f"user {peer.uid} has more than {peer.user.max_queued_bytes} bytes under way"
+                    self._break_off(peer, ProtocolError(too_much))
+        if self.dirty:
+            self._flush()
+
+    def _break_off(self, peer: Connection, error: ProtocolError) -> None:
+        self.router.protocol_errors += 1
+        log.warning('protocol error peer="%s" pid=%d uid=%d error="%s"', peer.name, peer.pid, peer.uid, error)
+        self._refuse(peer.sock, errors.InvalidArgument(str(error)))
+        self._end(peer)
 
     def _end(self, peer: Connection) -> None:
         if not peer.transport.closed:
@@ -313,12 +386,18 @@ class Broker:
     def _forget(self, peer: Connection) -> None:
         self.router.drop(peer)
         self._tidy_at = self._tidy_at or time.monotonic() + TIDY_AFTER_S
+        self._unintroduced.pop(peer, None)
+        self._unfinished.pop(peer, None)
+        for frame in peer.frames[peer.next_frame :]:
+            close_fds(frame.fds)
+        peer.frames = []
         del self._connections[peer.transport.fd]
         self._epoll.unregister(peer.transport.fd)
         self.dirty.pop(peer.id, None)
         peer.transport.close()
         peer.user.queued_bytes -= peer.accounted
         peer.accounted = 0
+        self.events.subscriptions.user_has_room(peer.uid)
 
     def _refuse(self, sock: socket.socket, error: errors.BusError) -> None:
         """Tell the peer why, as far as its socket takes it now; whoever called closes it."""
@@ -355,6 +434,8 @@ class Broker:
             self.events.drained(peer)
         if not empty or peer.accounted:
             peer.account()
+            if empty:
+                self.events.subscriptions.user_has_room(peer.uid)
 
 
 def listen(path: Path, *, gid: int = -1) -> socket.socket:

@@ -16,7 +16,6 @@ from ..wire import HEARTBEAT, RESULT, Frame, ProtocolError, encode
 from .journal import Cursor, Journal
 from .peers import Peer
 from .positions import Position, Positions
-from .roles import ROOT
 
 MAX_SUBSCRIPTIONS_PER_PEER = 64
 # Of frames the broker decodes itself: a byte of msgpack can become an object of 64.
@@ -57,11 +56,22 @@ class Subscriptions:
         self._monotonic_ns = monotonic_ns
         self._all: dict[tuple[int, int], Subscription] = {}
         self._same: dict[Recipients, Recipients] = {}  # so that topics with equal recipients have the same object
-        self._durable: dict[str, Subscription] = {}
+        self._durable: dict[tuple[int, str], Subscription] = {}
         self._beating: set[Subscription] = set()
+        self._starved: dict[
+            int, dict[Subscription, None]
+        ] = {}  # by user: would go on, but its user's connections hold too much
 
     def __len__(self) -> int:
         return len(self._all)
+
+    def wait_for_user(self, subscription: Subscription) -> None:
+        """Until some connection of its user has taken what it was sent, or is gone."""
+        self._starved.setdefault(subscription.peer.uid, {})[subscription] = None
+
+    def user_has_room(self, uid: int) -> None:
+        if uid in self._starved:
+            self.ready.update(self._starved.pop(uid))
 
     def behind(self) -> list[int]:
         """The offsets the reading ones are at."""
@@ -100,7 +110,7 @@ class Subscriptions:
         subscription = Subscription(peer, frame.peer, filter_, heartbeat_ms)
         start = self.journal.next_offset if since is None else since
         if name:
-            if since_ns is not None and self.positions.get(name) is None:
+            if since_ns is not None and self.positions.get(peer.uid, name) is None:
                 raise errors.InvalidArgument(
                     f'the new durable subscription "{name}" can\'t begin at a time, but at an offset'
                 )
@@ -116,17 +126,13 @@ class Subscriptions:
         peer.send(encode(RESULT, b"", packb({"next_offset": start, "bus": self.journal.id}), 0, frame.serial))
 
     def _open_durable(self, subscription: Subscription, name: str, start: int) -> int:
-        if name in self._durable:
-            holder = self._durable[name].peer
+        uid = subscription.peer.uid
+        if (uid, name) in self._durable:
+            holder = self._durable[uid, name].peer
             raise errors.Conflict(f'the durable subscription "{name}" is in use by process {holder.pid}')
-        known = self.positions.get(name)
-        if known is None and start < 0:
-            raise errors.InvalidArgument(
-                f'the new durable subscription "{name}" can begin now, at an offset or at the beginning'
-            )
-        position = self.positions.open(name, subscription.peer.uid, start or self.journal.oldest_offset)
+        position = self.positions.open(name, uid, start or self.journal.oldest_offset)
         subscription.position = position
-        self._durable[name] = subscription
+        self._durable[uid, name] = subscription
         return min(position.offset, self.journal.next_offset)
 
     def _add(self, subscription: Subscription) -> None:
@@ -153,8 +159,9 @@ class Subscriptions:
         self._changed()
         self._beating.discard(subscription)
         self.ready.pop(subscription, None)
+        self._starved.get(peer.uid, {}).pop(subscription, None)
         if subscription.position is not None:
-            del self._durable[subscription.position.name]
+            del self._durable[peer.uid, subscription.position.name]
             subscription.position.close()
 
     def acknowledge(self, peer: Peer, frame: Frame) -> None:
@@ -166,16 +173,13 @@ class Subscriptions:
             raise ProtocolError(f"{frame!r} acknowledges what it wasn't sent, or isn't durable")
         subscription.position.ack(frame.arg)
 
-    def forget(self, peer: Peer, name: str) -> None:
-        """Remove a durable subscription. Raises ``Conflict`` while it's in use, ``NotFound``, ``PermissionDenied``."""
-        known = self.positions.get(name)
-        if known is not None and peer.role != ROOT and known.uid != peer.uid:
-            raise errors.PermissionDenied(f'the durable subscription "{name}" belongs to user {known.uid}')
-        if name in self._durable:
+    def forget(self, uid: int, name: str) -> None:
+        """Remove a user's durable subscription. Raises ``Conflict`` while it's in use, ``NotFound``."""
+        if (uid, name) in self._durable:
             raise errors.Conflict(
-                f'the durable subscription "{name}" is in use by process {self._durable[name].peer.pid}'
+                f'the durable subscription "{name}" is in use by process {self._durable[uid, name].peer.pid}'
             )
-        self.positions.remove(name)
+        self.positions.remove(uid, name)
 
     def beat(self) -> int:
         """Send the heartbeats that are due. Until the next one in ns; 0 if nobody wants any."""
@@ -193,18 +197,22 @@ class Subscriptions:
             wait = min(wait, left)
         return wait
 
-    def durables(self) -> list[dict[str, object]]:
-        """Every durable subscription, for ``bus.durables``."""
-        return [
-            {
-                "name": position.name,
-                "uid": position.uid,
-                "offset": position.offset,
-                "acked_ns": position.acked_ns,
-                "pid": self._durable[position.name].peer.pid if position.name in self._durable else 0,
-            }
-            for position in self.positions.list()
-        ]
+    def durables(self, uid: int | None) -> list[dict[str, object]]:
+        """A user's durable subscriptions, or everybody's, for ``bus.durables``."""
+        found: list[dict[str, object]] = []
+        for position in self.positions.list():
+            if uid is None or position.uid == uid:
+                holder = self._durable.get((position.uid, position.name))
+                found.append(
+                    {
+                        "name": position.name,
+                        "uid": position.uid,
+                        "offset": position.offset,
+                        "acked_ns": position.acked_ns,
+                        "pid": holder.peer.pid if holder is not None else 0,
+                    }
+                )
+        return found
 
 
 def _options(body: dict[str, object]) -> tuple[int | None, int | None, int, str]:

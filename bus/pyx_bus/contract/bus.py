@@ -96,9 +96,11 @@ class DurableList(Message, frozen=True, kw_only=True):
 
 
 class DurableRef(Message, frozen=True, kw_only=True):
-    """Errors of ``bus.forget``: not_found, conflict while it's in use."""
+    """``uid``: whose it is, the caller's own if not given. Errors of ``bus.forget``: not_found, conflict while it's in use,
+    permission_denied (another user's, and not root)."""
 
     name: str
+    uid: int | None = None
 
 
 SERVICES = Method("bus.services", Empty, ServiceList, idempotent=True, read_only=True)
