@@ -183,6 +183,28 @@ def test_events_go_on_over_a_restart_of_the_broker(stack: Any) -> None:
         watcher.wait(10)
 
 
+def test_who_watches_is_told_that_the_bus_is_away(stack: Any) -> None:
+    supervisor = int((stack.run / "supervisor.pid").read_text())
+    options = ["--since", "1m", "--filter", "container=away", "--format", "{{.Action}}"]
+    watcher = stack.popen("events", *options, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        assert watcher.stdout is not None and watcher.stderr is not None
+        stack.pyx("create", "--name", "away", "busybox", "true", check=True)
+        assert watcher.stdout.readline() == b"create\n"
+        os.kill(supervisor, signal.SIGSTOP)  # nobody starts the broker again meanwhile
+        try:
+            os.kill(stack.service_pid("busd"), signal.SIGKILL)
+            assert watcher.stderr.readline() == b"pyx: the bus is away; waiting up to 30 s for it to come back\n"
+        finally:
+            os.kill(supervisor, signal.SIGCONT)
+        wait_for(lambda: stack.pyx("rm", "away").returncode == 0, 20, "the bus is back")
+        assert watcher.stdout.readline() == b"destroy\n"
+    finally:
+        watcher.kill()
+        _, complaints = watcher.communicate(timeout=10)
+    assert complaints == b"", "it's said once"
+
+
 def test_output_goes_on_when_containerd_and_then_logd_were_replaced(stack: Any) -> None:
     """The clients of a run are kept by its shim: whoever comes back finds them there."""
     script = COUNTER.format(count=80, pause="0.05") + "; exit 6"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyx_bus.errors import PermissionDenied
+from pyx_bus.errors import PermissionDenied, Unavailable
 from pyx_cli import client, output
 from pyx_cli.commands import bus, events
 from pyx_cli.commands.images import familiar, split_reference
@@ -190,3 +192,30 @@ def test_how_the_bus_fares_in_words() -> None:
     assert "1 gap of 1 event\n" in said and "(1 event), 5B in 1 segment" in said
     said = "\n".join(bus._summary({key: 2 * value for key, value in one.items()}))
     assert "2 gaps of 2 events\n" in said and "(2 events), 10B in 2 segments" in said
+
+
+class Away:
+    """A subscription, and its connection, to a bus that's away for ``looks`` looks."""
+
+    def __init__(self, looks: int) -> None:
+        self.looks = looks
+        self.closed = False
+
+    def receive(self, timeout_s: float | None) -> None:
+        self.looks -= 1
+        self.closed = self.looks > 0
+        if timeout_s is None:
+            raise Unavailable("cannot connect")
+
+
+def test_watching_gives_up_when_the_bus_stays_away(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    said = "pyx: the bus is away; waiting up to 30 s for it to come back\n"
+    bus: Any = Away(3)
+    assert events._receive(bus, bus, None) is None and bus.looks == 0
+    assert capsys.readouterr().err == said
+    times = iter(range(1000))
+    monkeypatch.setattr("pyx_cli.commands.events.time.monotonic", lambda: float(next(times)))
+    bus = Away(1000)
+    with pytest.raises(Unavailable, match="cannot connect"):
+        events._receive(bus, bus, None)
+    assert capsys.readouterr().err == said and 1000 - bus.looks == 29

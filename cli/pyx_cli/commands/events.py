@@ -8,6 +8,7 @@ import stat
 import sys
 import time
 
+from pyx_bus.errors import Unavailable
 from pyx_bus.filters import FIELDS, action_of
 
 from ..client import connect, mapping, text
@@ -31,6 +32,8 @@ _NAMES = {
 }  # fmt: skip
 _ACTOR_NAMES = {"ID": "ID", "Attributes": "Attributes"}
 _RECONNECT_S = 30.0  # a restart of the broker takes a fraction of a second; a stack that was stopped doesn't come back
+_TELL_AFTER_S = 1.0
+_AWAY_LOOK_S = 0.5
 _LOOK_S = 0.1
 _MANY = 1000  # lines between two looks when there's no pause
 _BEAT_S = 0.1  # with --until: how soon the broker says that there's nothing more
@@ -164,13 +167,13 @@ def events(options: Options) -> int:
         durable=options.text("durable"),
         heartbeat_s=_BEAT_S if until_ns else None,
         auto_ack=False,
-        retry_for_s=_RECONNECT_S,
+        retry_for_s=_TELL_AFTER_S,
     )
     form = _form(options, connection)
     output = _Output(stream if options.text("durable") else None)
     with stream:
         while True:
-            message = stream.receive(output.look_again_s)
+            message = _receive(stream, connection, output.look_again_s)
             if message is None:
                 output.acknowledge()
                 continue
@@ -195,6 +198,26 @@ def events(options: Options) -> int:
                 output.flush()
         output.finish()
     return 0
+
+
+def _receive(stream: Events, connection: Connection, timeout_s: float | None) -> Incoming | None:
+    """What comes next; None after ``timeout_s`` or when the bus is back. Says once that it's away, raises ``Unavailable`` in the end."""
+    try:
+        return stream.receive(timeout_s)
+    except Unavailable as error:
+        last = error
+    sys.stdout.flush()
+    sys.stderr.write(f"pyx: the bus is away; waiting up to {_RECONNECT_S:.0f} s for it to come back\n")
+    sys.stderr.flush()
+    give_up = time.monotonic() + _RECONNECT_S - _TELL_AFTER_S
+    while time.monotonic() < give_up:
+        try:
+            message = stream.receive(_AWAY_LOOK_S)
+            if message is not None or not connection.closed:
+                return message
+        except Unavailable as error:
+            last = error
+    raise last
 
 
 def _form(options: Options, connection: Connection) -> Callable[[Incoming, int], str]:
