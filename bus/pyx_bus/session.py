@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     Since = int | str | datetime | None
     Filters = Mapping[str, str | Sequence[str]]
 
+# A durable subscription's place moves on with heartbeats, too: with narrow filters there may be nothing else for long.
+DURABLE_HEARTBEAT_S = 10.0
+
 _KINDS = {RESULT: "result", ERROR: "error", ITEM: "item"}
 
 
@@ -49,9 +52,9 @@ class Incoming:
 
     ``kind`` is item, result, error (for the call ``serial``), event, gap or heartbeat (for the subscription ``serial``). ``raw`` is
     the msgpack of the body, or of the event's payload; ``body`` decodes it. ``offset`` is the event's, of a gap the last one lost, of
-    a heartbeat the last one before it: whatever it is, up to there everything has come, and the next is at ``offset + 1``. ``source`` is the service that published the event, ``time_ns`` when the broker got it. Of a result
-    ``offset`` is where to subscribe for what happened after the state it tells (0: not known). ``fds`` belong to whoever has the
-    object.
+    a heartbeat the last one before it: whatever it is, up to there everything has come, and the next is at ``offset + 1``.
+    ``source`` is the service that published the event, ``time_ns`` when the broker got it. Of a result ``offset`` is where to subscribe
+    for what happened after the state it tells (0: not known). ``fds`` belong to whoever has the object.
     """
 
     __slots__ = ("fds", "kind", "offset", "raw", "serial", "source", "time_ns", "topic")
@@ -137,6 +140,22 @@ def subscribe_body(
 def acknowledge(subscription: int, offset: int) -> bytes:
     """Everything up to and including ``offset`` is processed."""
     return encode(ACK, b"", b"", subscription, 0, offset)
+
+
+def clip_gap(body: bytes, offset: int) -> bytes:
+    """A GAP's body without what is before ``offset``, for somebody who has had it. Raises ``ProtocolError``.
+
+    How many of the rest were the subscriber's isn't known better than before, but they aren't more than there are numbers.
+    """
+    try:
+        value = unpackb(body)
+        first, last, lost = int(value["first_offset"]), int(value["last_offset"]), int(value["lost"])
+        if first >= offset:
+            return body
+        clipped: bytes = packb({**value, "first_offset": offset, "lost": min(lost, last + 1 - offset)})
+        return clipped
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise ProtocolError(f"bad body of a gap: {error}") from error
 
 
 def gap_body(frame: Frame) -> tuple[int, int, int]:

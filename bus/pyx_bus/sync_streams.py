@@ -10,7 +10,7 @@ import time
 from collections import deque
 
 from . import errors
-from .session import Incoming, acknowledge
+from .session import DURABLE_HEARTBEAT_S, Incoming, acknowledge, clip_gap
 from .transport import close_fds
 
 TYPE_CHECKING = False
@@ -114,8 +114,11 @@ class Events:
         self._encode = encode
         self._patterns = patterns
         self._since = since
-        self._asked = {"filters": filters, "durable": durable, "heartbeat_s": heartbeat_s}
         self._durable = bool(durable)
+        self._beats = bool(heartbeat_s)  # the user wants to see them
+        if self._durable and not heartbeat_s:
+            heartbeat_s = DURABLE_HEARTBEAT_S
+        self._asked = {"filters": filters, "durable": durable, "heartbeat_s": heartbeat_s}
         self._auto_ack = auto_ack and self._durable
         self._retry_for_s = retry_for_s
         self._id = 0
@@ -128,6 +131,7 @@ class Events:
         self._acknowledged = 0
         self._acknowledged_at = 0.0
         self._handed_out = 0
+        self._idle = (0, 0)  # when everything up to the first offset is processed, everything up to the second is
         self._subscribe()
 
     def __enter__(self) -> Events:
@@ -152,6 +156,8 @@ class Events:
 
     def pending(self) -> bool:
         """An event is here already: ``receive`` won't block."""
+        while self._buffer and self._buffer[0].kind == "heartbeat" and not self._beats:
+            self._passed(self._buffer.popleft().offset)
         return bool(self._buffer)
 
     def receive(self, timeout_s: float | None = None) -> Incoming | None:
@@ -162,7 +168,7 @@ class Events:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         if self._auto_ack:
             self.ack(self._handed_out)
-        while not self._buffer:
+        while not self.pending():
             if self._closed:
                 return None
             if not self._id and not self._subscribe_again(deadline):
@@ -174,7 +180,10 @@ class Events:
             except errors.Unavailable:
                 self._id = 0  # the next turn connects again
         message = self._buffer.popleft()
-        self._handed_out = max(self._handed_out, message.offset)
+        if message.kind == "heartbeat":
+            self._passed(message.offset)
+        else:
+            self._handed_out = message.offset
         if not self._buffer:
             self._buffered_bytes = 0
         return message
@@ -184,7 +193,12 @@ class Events:
 
         ``offset`` is that of an event, gap or heartbeat handed out; one that's beyond isn't taken.
         """
-        if not self._durable or not self._processed < offset <= self._handed_out:
+        after, upto = self._idle
+        if not self._durable or offset > max(self._handed_out, upto):
+            return
+        if after <= offset < upto:
+            offset = upto
+        if offset <= self._processed:
             return
         self._processed = offset
         if offset >= self._acknowledged + ACK_EVENTS or time.monotonic() >= self._acknowledged_at + ACK_S:
@@ -192,6 +206,12 @@ class Events:
                 self._send_ack()
             except errors.Unavailable:
                 self._id = 0
+
+    def _passed(self, upto: int) -> None:
+        """A heartbeat: between what was handed out last and ``upto`` there's nothing of ours."""
+        self._idle = (self._handed_out, upto)
+        if self._handed_out <= self._processed:
+            self.ack(upto)
 
     def close(self) -> None:
         """End the subscription; a durable one goes on from what's acknowledged when somebody subscribes under its name again."""
@@ -213,9 +233,15 @@ class Events:
     def push(self, messages: Sequence[Incoming], size: int) -> None:
         for message in messages:
             after = message.offset + 1
-            if after > self._resume_at or message.kind == "heartbeat":
-                self._resume_at = max(self._resume_at, after)
-                self._buffer.append(message)
+            if message.kind == "heartbeat":
+                if self._buffer and self._buffer[-1].kind == "heartbeat":
+                    self._buffer.pop()  # nobody has looked for a while: the last one says it all
+            elif after <= self._resume_at:
+                continue  # a durable subscription begins again where it's acknowledged, not where we are
+            elif message.kind == "gap":
+                message.raw = clip_gap(message.raw, self._resume_at)
+            self._resume_at = max(self._resume_at, after)
+            self._buffer.append(message)
         self._buffered_bytes += size
         if self._id and (len(self._buffer) >= MAX_BUFFERED_EVENTS or self._buffered_bytes >= MAX_BUFFERED_BYTES):
             subscription, self._id = self._id, 0
@@ -256,6 +282,7 @@ class Events:
 
             self._since = since = "beginning"
             self._resume_at = self._handed_out = self._processed = 0
+            self._idle = (0, 0)
             lost = packb({"lost": -1, "first_offset": 0, "last_offset": 0, "journal": connection.bus_id})
             self._buffer.append(Incoming("gap", 0, lost, [], "bus.gap", 0, "bus"))
         self._journal = connection.bus_id

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import anyio
 import anyio.lowlevel
 import pytest
+from msgpack import packb
 
 from pyx_bus import client, errors, sync, sync_streams
 from pyx_bus.broker.server import Broker, make
@@ -26,7 +27,7 @@ from pyx_bus.contract.base import Empty, Event, Message, Method
 from pyx_bus.contract.bus import DURABLES
 from pyx_bus.contract.volumed import VolumeCreated
 from pyx_bus.server import Call, Service
-from pyx_bus.wire import CALL, FLAG_MONITOR, MAX_BATCH, RESULT, Decoder, Frame
+from pyx_bus.wire import CALL, FLAG_MONITOR, GAP, MAX_BATCH, RESULT, Decoder, Frame
 
 EXAMPLES = Path(__file__).parents[2] / "docs/examples"
 
@@ -381,6 +382,71 @@ def test_a_heartbeat_acknowledges_what_came_before_it(broker: BrokerThread, on_l
     on_loop(scenario)
 
 
+def volumes(bus: client.Bus, count: int) -> None:
+    for _ in range(count):
+        bus.publish(VolumeCreated(id="v", time_ns=1))
+
+
+def test_a_durable_place_moves_on_where_nothing_matches(
+    broker: BrokerThread, on_loop: Test, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subscription, "DURABLE_HEARTBEAT_S", 0.1)
+
+    async def moved(bus: client.Bus, place: int) -> None:
+        while await position(bus, "d") != place:
+            await anyio.sleep(0.005)
+
+    async def scenario() -> None:
+        async with client.connect(str(broker.path)) as bus:
+            for auto_ack in (False, True):
+                async with bus.events("toy.*", durable="d", auto_ack=auto_ack) as events:
+                    numbers(bus, 1, 1)
+                    volumes(bus, 5)
+                    await bus.flush()
+                    event = await anext(events)
+                    seen: list[client.ReceivedEvent] = []
+
+                    async def one_more(events: client.Events = events, seen: list[client.ReceivedEvent] = seen) -> None:
+                        seen.append(await anext(events))
+
+                    async with anyio.create_task_group() as group:
+                        group.start_soon(one_more)
+                        if not auto_ack:
+                            while events._subscription._next <= event.offset + 5:
+                                await anyio.sleep(0.005)
+                            assert await position(bus, "d") == event.offset, "acknowledged what isn't processed"
+                            event.ack()
+                        await moved(bus, event.offset + 6)
+                        volumes(bus, 3)
+                        await moved(bus, event.offset + 9)
+                        assert seen == [], "a heartbeat nobody asked for"
+                        numbers(bus, 2, 2)
+                    assert seen[0].payload["number"] == 2
+                    seen[0].ack()
+
+    on_loop(scenario)
+
+
+def a_gap(events: int, first: int, last: int) -> Frame:
+    return Frame(GAP, b"", packb({"lost": last + 1 - first, "first_offset": first, "last_offset": last}), events, 0, last)
+
+
+def test_a_gap_leaves_out_what_has_come(broker: BrokerThread, on_loop: Test) -> None:
+    async def scenario() -> None:
+        async with client.connect(str(broker.path)) as bus:
+            numbers(bus, 1, 5)
+            async with bus.events("toy.*", since="beginning") as events:
+                assert await take(events, 5) == [1, 2, 3, 4, 5]
+                bus._dispatch(a_gap(events._subscription.id, 1, 5))
+                bus._dispatch(a_gap(events._subscription.id, 2, 20))
+                gap = await anext(events)
+                assert (gap.offset, gap.payload) == (20, Gap(lost=15, first_offset=6, last_offset=20))
+                bus._dispatch(a_gap(events._subscription.id, 30, 31))
+                assert (await anext(events)).payload == Gap(lost=2, first_offset=30, last_offset=31)
+
+    on_loop(scenario)
+
+
 # --- state now, then everything after --------------------------------------------------------------------------------
 
 
@@ -661,6 +727,56 @@ def test_a_heartbeat_s_offset_acknowledges_what_came_before_it_blocking(broker: 
         assert position_of(connection, "d") == beat.offset + 1
         with connection.events("toy.*", durable="d") as events:
             assert next(events).payload["number"] == 1
+
+
+def test_a_durable_place_moves_on_where_nothing_matches_blocking(
+    broker: BrokerThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sync_streams, "DURABLE_HEARTBEAT_S", 0.1)
+    with sync.Connection(str(broker.path)) as connection:
+        for auto_ack in (False, True):
+            with connection.events("toy.*", durable="d", auto_ack=auto_ack) as events:
+
+                def wait_for(condition: Callable[[], bool], events: sync_streams.Events = events) -> None:
+                    deadline = time.monotonic() + 20
+                    while not condition():
+                        assert time.monotonic() < deadline
+                        assert events.receive(0.02) is None, "a heartbeat nobody asked for"
+
+                publish(broker.path, 1, 1)
+                publish_volume(broker.path)
+                event = next(events)
+                if not auto_ack:
+                    wait_for(lambda place=event.offset + 1: events._idle[1] == place)  # type: ignore[misc]
+                    assert position_of(connection, "d") == event.offset, "acknowledged what isn't processed"
+                    events.ack(event.offset)
+                wait_for(lambda place=event.offset + 2: position_of(connection, "d") == place)  # type: ignore[misc]
+                publish_volume(broker.path)
+                wait_for(lambda place=event.offset + 3: position_of(connection, "d") == place)  # type: ignore[misc]
+                assert not events.pending()
+
+
+def test_a_gap_leaves_out_what_has_come_blocking(broker: BrokerThread) -> None:
+    publish(broker.path, 1, 5)
+    with sync.Connection(str(broker.path)) as connection, connection.events("toy.*", since="beginning") as events:
+        assert [next(events).payload["number"] for _ in range(5)] == [1, 2, 3, 4, 5]
+        connection._dispatch(a_gap(events._id, 1, 5))
+        connection._dispatch(a_gap(events._id, 2, 20))
+        gap = next(events)
+        assert (gap.offset, gap.payload) == (20, {"lost": 15, "first_offset": 6, "last_offset": 20})
+        assert not events.pending()
+
+
+def test_the_command_s_durable_place_moves_on_where_nothing_matches(broker: BrokerThread) -> None:
+    command = [sys.executable, "-m", "pyx_cli", "events", "--durable", "d", "-f", "type=volume", "--until", "0s", "--json"]
+    environment = {**os.environ, "PYX_BUS": str(broker.path), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    with sync.Connection(str(broker.path)) as connection:
+        publish_volume(broker.path)
+        for told in (1, 0, 0):
+            publish(broker.path, 1, 20)
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20, check=True)
+            assert len(done.stdout.splitlines()) == told and done.stderr == ""
+            assert position_of(connection, "d") == connection.call("bus.stats")["next_offset"]
 
 
 def test_blocking_events_give_up_when_told_to(broker: BrokerThread) -> None:

@@ -18,7 +18,7 @@ import anyio
 import anyio.lowlevel
 
 from .. import errors
-from ..session import acknowledge, gap_body, next_offset, refusal, subscribe_body
+from ..session import DURABLE_HEARTBEAT_S, acknowledge, clip_gap, gap_body, next_offset, refusal, subscribe_body
 from ..transport import close_fds
 from ..wire import ERROR, EVENT, GAP, HEARTBEAT, SUBSCRIBE, UNSUBSCRIBE, Frame, encode, split_events
 from .link import FIRST_RETRY_S, LAST_RETRY_S, WAIT_FOR_BUS_S
@@ -47,8 +47,8 @@ class ReceivedEvent:
 
     ``offset`` in the journal ``journal``; ``source`` is the service that published it, ``time_ns`` the broker's clock when it took it.
     ``payload`` is the contract's event class for the topic (``pyx_bus.contract``), or a dict if there's none; ``raw`` is its msgpack. Two
-    topics are the client's own: ``bus.gap`` with a ``Gap``, and, if asked for, ``bus.heartbeat`` with a ``Heartbeat``. The offset of a gap is
-    the last one lost, of a heartbeat the last one before it: whatever it is, up to there everything has come, and the next is at
+    topics are the client's own: ``bus.gap`` with a ``Gap``, and, if asked for, ``bus.heartbeat`` with a ``Heartbeat``. A gap's offset is
+    the last one lost, a heartbeat's the last one before it: whatever it is, up to there everything has come, and the next is at
     ``offset + 1``.
     """
 
@@ -119,6 +119,9 @@ class Subscription:
         journal: str = "",
     ) -> None:
         self._bus = bus
+        self._beats = bool(heartbeat_s)  # the user wants to see them
+        if durable and not heartbeat_s:
+            heartbeat_s = DURABLE_HEARTBEAT_S
         self._asked = {"filters": filters, "durable": durable, "heartbeat_s": heartbeat_s}
         self._patterns = patterns
         self._since = since
@@ -151,7 +154,8 @@ class Subscription:
         # Acknowledging.
         self._processed = 0
         self._acknowledged = 0
-        self._handed_out: int | None = None
+        self._handed_out = 0  # the last offset, in the journal that is taken from
+        self._idle = (0, 0)  # when everything up to the first offset is processed, everything up to the second is
         self._timer: Timer | None = None
 
     def _body(self, since: Since) -> bytes:
@@ -175,6 +179,12 @@ class Subscription:
             self._taken_journal = self._journal
         if after <= self._resume_at and frame.kind != HEARTBEAT:
             return False  # a durable subscription begins again where it's acknowledged, not where we are
+        if frame.kind == GAP:
+            frame.body = clip_gap(frame.body, self._resume_at)
+        elif frame.kind == HEARTBEAT and self._buffer:
+            latest = self._buffer[-1]
+            if isinstance(latest, Frame) and latest.kind == HEARTBEAT:
+                self._buffer.pop()  # nobody has looked for a while: the last one says it all
         self._resume_at = max(after, self._resume_at)
         self._buffer.append(frame)
         self._buffered_events += count
@@ -270,9 +280,8 @@ class Subscription:
         self._pause_s = min(LAST_RETRY_S, self._pause_s * 2)
 
     async def next(self) -> ReceivedEvent:
-        if self._handed_out is not None:
-            self.ack(self._handed_out, self._taken_journal)
-            self._handed_out = None
+        if self._auto_ack:
+            self.ack(self._handed_out)
         while True:
             index = self._index
             if index < len(self._batch):
@@ -281,8 +290,7 @@ class Subscription:
                 if offset < self._next:
                     continue
                 self._next = offset + 1
-                if self._auto_ack:
-                    self._handed_out = offset
+                self._handed_out = offset
                 topic, payload = self._batch[index]
                 name = topic.decode("utf-8", "replace")
                 return ReceivedEvent(name, offset, self._source, self._time_ns, payload, self._taken_journal, self)
@@ -304,7 +312,8 @@ class Subscription:
         frame = self._buffer.popleft()
         if isinstance(frame, ReceivedEvent):  # another journal
             self._taken_journal, self._next = frame.journal, 0
-            self._processed = self._acknowledged = 0
+            self._processed = self._acknowledged = self._handed_out = 0
+            self._idle = (0, 0)
             return frame
         self._buffered_bytes -= len(frame.body)
         if frame.kind == EVENT:
@@ -317,13 +326,17 @@ class Subscription:
         if frame.kind == GAP:
             lost, first, last = gap_body(frame)
             self._next = max(self._next, last + 1)
-            if self._auto_ack:
-                self._handed_out = last
+            self._handed_out = last
             payload: Any = Gap(lost=lost, first_offset=first, last_offset=last)
             return ReceivedEvent("bus.gap", last, "bus", 0, frame.body, self._taken_journal, self, payload)
         if frame.kind == HEARTBEAT:
             self._turn += 1
             self._next = max(self._next, frame.arg)
+            self._idle = (self._handed_out, frame.arg - 1)
+            if self._handed_out <= self._processed:
+                self.ack(frame.arg - 1)
+            if not self._beats:
+                return None
             payload = Heartbeat(next_offset=frame.arg)
             return ReceivedEvent("bus.heartbeat", frame.arg - 1, "bus", 0, frame.body, self._taken_journal, self, payload)
         return None
@@ -341,7 +354,12 @@ class Subscription:
     def ack(self, offset: int, journal: str = "") -> None:
         if (journal and journal != self._taken_journal) or not self._durable:
             return
-        if not self._processed < offset < self._next:  # known; or not handed out, and nothing that the broker should hear
+        if offset >= self._next:  # not handed out, and nothing that the broker should hear
+            return
+        after, upto = self._idle
+        if after <= offset < upto:
+            offset = upto
+        if offset <= self._processed:
             return
         self._processed = offset
         if offset >= self._acknowledged + ACK_EVENTS:
@@ -361,8 +379,8 @@ class Subscription:
         """``processed``: what was handed out last is, too."""
         if self.closed:
             return
-        if processed and self._handed_out is not None:
-            self.ack(self._handed_out, self._taken_journal)
+        if processed and self._auto_ack:
+            self.ack(self._handed_out)
         self.closed = True
         self._send_ack()
         self._unsubscribe()

@@ -194,6 +194,8 @@ def events(options: Options) -> int:
                 sys.stdout.flush()
                 sys.stderr.write(_gap(message))
                 output.write("", message.offset)
+            if message.kind == "gap" and message.body.get("journal"):
+                output.forget()
             if not stream.pending():
                 output.flush()
         output.finish()
@@ -257,6 +259,11 @@ class _Output:
     def flush(self) -> None:
         sys.stdout.flush()
         self.acknowledge()
+
+    def forget(self) -> None:
+        """Another journal: the offsets of what waits mean nothing in it."""
+        sys.stdout.flush()
+        self._waiting.clear()
 
     def acknowledge(self) -> None:
         if self._stream is None or not self._waiting:
