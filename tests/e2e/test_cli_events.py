@@ -140,15 +140,21 @@ def test_what_a_reader_left_in_the_pipe_comes_again(stack: Any, life: str) -> No
 
 
 def test_bad_questions_are_answered_clearly(stack: Any) -> None:
-    for options, said in (
-        (["-f", "colour=red"], "invalid filter 'colour'"),
-        (["--since", "offset:x"], "an offset is a number"),
-        (["--since", "offset:99999999"], "beyond the journal's end"),
-        (["--durable", "../x"], "can't name a durable subscription"),
-        (["--json", "--format", "{{.Action}}"], "exclude each other"),
+    for options, status, said in (
+        (["-f", "colour=red"], 1, "invalid filter 'colour'"),
+        (["-f", "type="], 1, "invalid filter 'type=': it has no value"),
+        (["-f", "type"], 125, "bad format of filter"),
+        (["--since", "offset:x"], 125, 'invalid argument "offset:x" for "--since" flag: an offset is a number'),
+        (["--since", "offset:"], 125, "an offset is a number"),
+        (["--since", "yesterday"], 125, 'invalid argument "yesterday" for "--since" flag'),
+        (["--since", "offset:99999999"], 1, "beyond the journal's end"),
+        (["--durable", "../x"], 1, "can't name a durable subscription"),
+        (["--json", "--format", "{{.Action}}"], 125, "exclude each other"),
+        (["--format", "table {{.Action}}"], 125, "not as a table"),
     ):
         answer = stack.pyx("events", *options, *PAST)
-        assert answer.returncode != 0 and said in answer.stderr and "Traceback" not in answer.stderr, answer.stderr
+        assert answer.returncode == status, answer
+        assert said in answer.stderr and "Traceback" not in answer.stderr, answer.stderr
 
 
 def test_how_the_bus_fares(stack: Any, life: str) -> None:

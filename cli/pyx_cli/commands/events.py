@@ -14,7 +14,7 @@ from pyx_bus.filters import FIELDS, action_of
 from ..client import connect, mapping, text
 from ..grammar import CliError, Options
 from ..output import renderer, unescape
-from ..values import filters, timestamp_ns
+from ..values import filters, invalid, timestamp_ns
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -82,6 +82,8 @@ def wanted(options: Options) -> dict[str, list[str]] | None:
     """The filters as the broker takes them; None if nothing can pass. Raises ``CliError``."""
     found: dict[str, list[str]] = {}
     for key, values in filters(options.list("filter")).items():
+        if "" in values:
+            raise CliError(f"invalid filter '{key}=': it has no value", 1)
         field = "event" + key[6:] if key in ("action", "action!") else key
         if field in ("scope", "scope!"):
             if ("local" in values) == field.endswith("!"):
@@ -102,7 +104,7 @@ def _writer(options: Options) -> Callable[[dict[str, object]], str]:
 
         return lambda event: dumps(event, ensure_ascii=False, separators=(",", ":"))
     if template == "table" or template.startswith(("table ", "table\t", "table\\t", "table{")):
-        raise CliError("--format: events come one by one, not as a table", 1, "give a template without the word table, or json")
+        raise CliError("--format: events come one by one, not as a table", 125, "give a template without the word table, or json")
     from ..template import Struct, Texts
 
     render = renderer(unescape(template))
@@ -139,7 +141,7 @@ def _since(options: Options, since_ns: int, replay: bool) -> int | str | None:
         return given
     if given.startswith("offset:"):
         if not given[7:].isdecimal():
-            raise CliError(f'invalid argument "{given}" for "--since": an offset is a number')
+            raise invalid(given, "--since", "an offset is a number")
         return int(given[7:])
     if given:
         return f"@{since_ns}"
@@ -155,7 +157,7 @@ def events(options: Options) -> int:
     since_ns = timestamp_ns(given, "--since", now_ns) if by_time else 0
     until_ns = timestamp_ns(options.text("until"), "--until", now_ns) if options.given("until") else 0
     if options.flag("json") and options.text("format"):
-        raise CliError("--json and --format exclude each other")
+        raise CliError("--json and --format exclude each other", 125)
     since = _since(options, since_ns, bool(until_ns and until_ns <= now_ns))
     if chosen is None:
         return 0
