@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from pyx_bus.errors import PermissionDenied, Unavailable
 from pyx_cli import client, output
-from pyx_cli.commands import bus, events
+from pyx_cli.commands import bus, events, system
 from pyx_cli.commands.images import familiar, split_reference
 from pyx_cli.demux import Demux
 from pyx_cli.grammar import CliError, Options, parse
@@ -219,3 +220,21 @@ def test_watching_gives_up_when_the_bus_stays_away(monkeypatch: pytest.MonkeyPat
     with pytest.raises(Unavailable, match="cannot connect"):
         events._receive(bus, bus, None)
     assert capsys.readouterr().err == said and 1000 - bus.looks == 29
+
+
+def test_down_by_somebody_who_may_not_says_nothing_of_containers_and_stops_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def refuse(pid: int, number: int) -> None:
+        assert (pid, number) == (7, 0)
+        raise PermissionError
+
+    monkeypatch.setattr("pyx_cli.supervisor.Stack.supervisor_pid", lambda _: 7)
+    monkeypatch.setattr("os.kill", refuse)
+    monkeypatch.setattr("pyx_cli.commands.system.connect", lambda *_: pytest.fail("it asked the bus"))
+    command = COMMANDS["system down"]
+    options = Options(command, *parse(command.flags, ["--stop-containers"]))
+    options.session = {"root": str(tmp_path), "run": str(tmp_path)}
+    with pytest.raises(CliError, match="only root may stop the stack"):
+        system.down(options)
+    assert capsys.readouterr().err == ""

@@ -23,7 +23,13 @@ def down(options: Options) -> int:
     from ..supervisor import Stack
 
     stack = Stack(options.session["root"], options.session["run"])
-    if stack.supervisor_pid():
+    if pid := stack.supervisor_pid():
+        try:
+            os.kill(pid, 0)
+        except PermissionError:  # before anything is said or stopped
+            raise CliError(f"only root may stop the stack in {stack.run}") from None
+        except ProcessLookupError:
+            pass  # it has just ended
         _before_down(options)
     return stack.down()
 
