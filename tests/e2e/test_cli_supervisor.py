@@ -70,6 +70,18 @@ def test_containers_outlive_the_stack_and_a_killed_supervisor(own: Stack, tmp_pa
     assert own.pyx("exec", "lasting", "echo", "alive").stdout == "alive\n"
 
 
+def test_down_with_the_containers_leaves_nothing_of_them(own: Stack, tmp_path: Path) -> None:
+    own.pyx("import", str(busybox_tar(tmp_path / "busybox.tar")), "busybox", check=True)
+    for _ in range(2):
+        for _ in range(2):
+            own.pyx("run", "-d", "--stop-timeout", "1", "busybox", "sleep", "1000", check=True)
+        own.pyx("system", "down", "--stop-containers", check=True)
+        for place in ("bundles", "runtime/runc", "runtime/crun"):
+            assert not any((own.run / "containerd" / place).glob("*"))
+        assert not own.leftovers()
+        own.pyx("system", "up", "--detach", check=True)
+
+
 def test_up_again_right_after_kill_waits_for_the_old_services(own: Stack) -> None:
     old = own.service_pid("containerd")
     os.kill(_supervisor(own), signal.SIGKILL)

@@ -159,3 +159,21 @@ async def test_a_host_that_was_started_anew(tmp_path):
         await remove_all(s)
         await wait_nothing_left(tmp_path, stack_prefix(tmp_path / "run"))
         await process.end(signal.SIGTERM)
+
+
+async def test_an_orderly_end_waits_for_clean_ups(tmp_path):
+    """SIGTERM in the moment the last container has ended by SIGKILL: nothing of it is left for a next start."""
+    prefix = stack_prefix(tmp_path / "run")
+    async with stack(tmp_path, containerd=False) as s:
+        for round_ in range(3):
+            process = Process(tmp_path, s.bus_path)
+            await process.ready(s.bus)
+            name = f"deaf{round_}"
+            await s.bus.call(c.RUN, c.RunContainer(spec=spec("sleep", "1000", name=name), detach=True), timeout_s=20)
+            await s.bus.call(c.STOP, c.StopContainer(container=name, timeout_s=0), timeout_s=20)
+            await process.end(signal.SIGTERM)
+            assert leftovers(tmp_path, prefix) == []
+        process = Process(tmp_path, s.bus_path)
+        await process.ready(s.bus)
+        await remove_all(s)
+        await process.end(signal.SIGTERM)
