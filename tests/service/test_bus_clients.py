@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -566,6 +567,50 @@ def test_large_calls_at_a_time_with_descriptors_between(broker: BrokerThread, on
             assert len(os.listdir("/proc/self/fd")) == before
 
     on_loop(scenario)
+
+
+def test_one_task_registers_again_and_ends_when_it_has(
+    broker: BrokerThread, on_loop: Test, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The connection breaks again and again while something else has the name."""
+
+    async def scenario() -> None:
+        async with client.connect(str(broker.path), "toy") as bus, client.connect(str(broker.path)) as holder:
+            service, held = Service("toy"), Service("toy")
+
+            @service.method(PLAIN)
+            def plain(call: Call, request: Count) -> Count:
+                return Count(count=request.count + 1)
+
+            async def break_off() -> None:
+                connections = bus._connections
+                assert bus.link._transport is not None
+                bus.link._transport.sock.shutdown(socket.SHUT_RDWR)
+                while bus._connections == connections:
+                    await anyio.sleep(0.001)
+
+            await holder.serve(held)
+            with pytest.raises(errors.AlreadyExists):
+                await bus.serve(service)
+            for _ in range(5):
+                await break_off()
+            for _ in range(5):
+                await break_off()
+                await anyio.sleep(0.02)
+            assert bus._registering
+            holder._service = None
+            assert holder.link._transport is not None
+            holder.link._transport.sock.shutdown(socket.SHUT_RDWR)
+            while bus._registering:
+                await anyio.sleep(0.005)
+            assert (await holder.call(PLAIN, Count(count=1), timeout_s=10)).count == 2
+            await break_off()  # and over breaks without anybody in the way
+            while bus._registering:
+                await anyio.sleep(0.005)
+            assert (await holder.call(PLAIN, Count(count=2), timeout_s=10)).count == 3
+
+    on_loop(scenario)
+    assert not [record for record in caplog.records if "let us serve" in record.message]
 
 
 def test_what_a_call_tells_its_handler() -> None:

@@ -86,6 +86,8 @@ class Bus(Calls):
         self._acknowledged: anyio.Event | None = None  # if somebody waits for it
         self._subscription = 0
         self._service: Service | None = None
+        self._connections = 0
+        self._registering = False
         self._served: dict[tuple[int, int], Call] = {}
         self._group: Group | None = None
 
@@ -221,18 +223,25 @@ class Bus(Calls):
 
     async def _register_again(self, service: Service) -> None:
         """The old connection's end may reach the broker after our new one: try until the name is free."""
-        pause = FIRST_RETRY_S
-        while True:
-            try:
-                await self._register(service)
-                return
-            except errors.Unavailable:
-                return  # the connection that comes next registers
-            except errors.BusError as error:
-                if not isinstance(error, errors.AlreadyExists):
-                    log.error("the bus doesn't let us serve %s any more: %s", service.name, error.message)
-                await anyio.sleep(pause)
-                pause = min(LAST_RETRY_S, pause * 2)
+        pause, told = FIRST_RETRY_S, ""
+        self._registering = True
+        try:
+            while self.link.up:  # else the connection that comes next begins anew
+                connection = self._connections
+                try:
+                    await self._register(service)
+                    if connection == self._connections:
+                        return
+                except errors.BusError as error:
+                    if connection != self._connections or not self.link.up:
+                        continue  # it broke meanwhile
+                    if not isinstance(error, errors.AlreadyExists) and error.message != told:
+                        told = error.message
+                        log.error("the bus doesn't let us serve %s any more: %s", service.name, told)
+                    await anyio.sleep(pause)
+                    pause = min(LAST_RETRY_S, pause * 2)
+        finally:
+            self._registering = False
 
     def _serve(self, frame: Frame) -> bool:
         """A call came. Whether a task was started for it."""
@@ -392,8 +401,10 @@ class Bus(Calls):
         """Take up where the last connection ended. (Subscriptions do it themselves: they have been waiting for the link.)"""
         if not self._held:
             self._publisher.connected()
-        if self._service is not None:
+        self._connections += 1
+        if self._service is not None and not self._registering:
             assert self._group is not None
+            self._registering = True
             self._group.start_soon(self._register_again, self._service)
 
     def _disconnected(self) -> None:
