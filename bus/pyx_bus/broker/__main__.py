@@ -70,6 +70,7 @@ def _serve(broker: Broker, signals: _Signals) -> None:
 
 def main() -> None:
     """Serve the bus until SIGTERM or SIGINT."""
+    signals = _Signals()
     configure_plain_logging("bus")
     path = bus_path()
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
@@ -81,7 +82,6 @@ def main() -> None:
         broker = make(path, root_directory() / "bus", limits=limits(load_config("bus")), trace=trace)
     except errors.BusError as error:
         sys.exit(f"pyx-busd: {error.message}")
-    signals = _Signals()
     broker.events.announce("service.up", "bus", {"name": "bus", "pid": str(os.getpid())})
     settle()
     notify_ready()
