@@ -13,7 +13,7 @@ import anyio
 import msgspec
 from msgpack import packb
 
-from . import errors
+from . import __version__, errors
 from .contract.base import Message, Method
 from .transport import close_fds
 from .wakeup import Loop, Scope
@@ -149,10 +149,11 @@ H = TypeVar("H", bound=Callable[[Call, Any], Any])
 
 
 class Service:
-    """A name and its methods. A service's ``api.py`` fills one."""
+    """A name and its methods. A service's ``api.py`` fills one. ``version`` is the program's; ``bus.services`` tells it."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, version: str = __version__) -> None:
         self.name = name
+        self.version = version
         self.handlers: dict[str, tuple[Callable[[bytes], Any], Handler, bool]] = {}
         self.methods: dict[str, Method[Any, Any]] = {}
 

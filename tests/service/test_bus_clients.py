@@ -20,12 +20,12 @@ import anyio.lowlevel
 import pytest
 from msgpack import packb
 
-from pyx_bus import client, errors, sync, sync_streams
+from pyx_bus import __version__, client, errors, sync, sync_streams
 from pyx_bus.broker.server import Broker, make
 from pyx_bus.client import subscription
 from pyx_bus.client.payloads import Gap, Heartbeat
 from pyx_bus.contract.base import Empty, Event, Message, Method
-from pyx_bus.contract.bus import DURABLES
+from pyx_bus.contract.bus import DURABLES, SERVICES
 from pyx_bus.contract.volumed import VolumeCreated
 from pyx_bus.server import Call, Service
 from pyx_bus.wire import CALL, FLAG_MONITOR, GAP, MAX_BATCH, RESULT, Decoder, Frame
@@ -611,6 +611,17 @@ def test_one_task_registers_again_and_ends_when_it_has(
 
     on_loop(scenario)
     assert not [record for record in caplog.records if "let us serve" in record.message]
+
+
+def test_a_service_tells_its_version(broker: BrokerThread, on_loop: Test) -> None:
+    async def scenario() -> None:
+        async with client.connect(str(broker.path)) as bus, client.connect(str(broker.path)) as other:
+            await bus.serve(Service("toy", "7.1"))
+            await other.serve(Service("tin"))
+            services = (await bus.call(SERVICES, Empty())).services
+            assert {one.name: one.version for one in services if one.name != "bus"} == {"toy": "7.1", "tin": __version__}
+
+    on_loop(scenario)
 
 
 def test_what_a_call_tells_its_handler() -> None:

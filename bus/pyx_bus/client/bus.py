@@ -214,7 +214,7 @@ class Bus(Calls):
     async def _register(self, service: Service) -> None:
         serial = self._next_serial()
         pending = self._pending[serial] = Pending(serial, self.loop.wakeup())
-        body = packb({"methods": service.verbs()})
+        body = packb({"methods": service.verbs(), "version": service.version})
         self.link.send(encode(REGISTER, service.name.encode(), body, 0, serial))
         try:
             await pending.pop()
