@@ -36,17 +36,22 @@ def down(options: Options) -> int:
 
 def _before_down(options: Options) -> None:
     """Stop the containers if that's wanted, else say how many go on."""
-    from pyx_bus.errors import BusError
+    from pyx_bus.errors import BusError, NotFound
 
     try:
         connection = connect(options, 2.0)
         running = items(connection.call("containerd.list", {}, timeout_s=5), "containers")
         if running and options.flag("stop-containers"):
             serials = {connection.open("containerd.stop", {"container": text(one, "id")}) for one in running}
+            failures = []
             while serials:
                 message = connection.receive()
                 if message is not None and message.kind in ("result", "error"):
                     serials.discard(message.serial)
+                    if message.kind == "error" and not isinstance(message.error(), NotFound):  # that one has gone by itself
+                        failures.append(message.error().message)
+            if failures:
+                raise CliError("; ".join(failures))
         elif running:
             many = "1 container goes" if len(running) == 1 else f"{len(running)} containers go"
             sys.stderr.write(f"{many} on running without the stack; pyx system up finds them again\n")
