@@ -37,6 +37,7 @@ _STOP_S = 15.0  # how long a service may take for its orderly end; it takes 10 s
 _LOG_LIMIT = 8 << 20  # a log above this is moved aside (one predecessor is kept)
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 _BROKER = "busd"
+_BROKER_TRIES = 2  # so many may end before their time until it's said that it doesn't start
 _FIRST_TO_STOP = "containerd"
 _HANDLED = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -241,6 +242,7 @@ class Stack:
         deadline = time.monotonic() + timeout_s
         wanted = {child.name for child in services()} - {_BROKER}
         missing = set(wanted)
+        brokers: set[int] = set()  # that were started and couldn't be reached
         connection: Connection | None = None
         while time.monotonic() < deadline:
             if ours and os.waitpid(pid, os.WNOHANG)[0]:
@@ -250,7 +252,9 @@ class Stack:
                     time.sleep(0.01)  # it still waits for what a killed predecessor left: those don't count
                     continue
                 if connection is None:
+                    brokers.add(self.service_pids().get(_BROKER, 0))
                     connection = Connection(str(self.run / "bus.sock"), "pyx", 1.0)
+                    brokers.clear()
                     connection.subscribe(["service.up"])
                 found = connection.call("bus.services", timeout_s=2.0).get("services", [])
                 pids = self.service_pids()
@@ -262,7 +266,14 @@ class Stack:
                 connection.receive(0.2)
             except (BusError, OSError):
                 connection = None
+                if len(brokers - {0}) > _BROKER_TRIES:
+                    break  # it ends at each start: nobody can be ready without it
                 time.sleep(0.01)  # between two looks at whether the broker listens yet
+        if connection is None and brokers - {0}:
+            raise CliError(
+                f"the broker, {_BROKER}, doesn't start\n{self._tail(_BROKER)}".rstrip(), 1,
+                f"the rest waits for it; the logs are in {self.run}, pyx system down stops it",
+            )  # fmt: skip
         tails = "".join(self._tail(name) for name in sorted(missing))
         raise CliError(
             f"not ready within {timeout_s:g} s: {', '.join(sorted(missing))}\n{tails}".rstrip(), 1,

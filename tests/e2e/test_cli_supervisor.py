@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tests.images import busybox_tar
@@ -112,20 +111,33 @@ def test_in_the_foreground_it_ends_with_ctrl_c(tmp_path: Path) -> None:
     wait_for(lambda: not stack.leftovers(), 10, "a clean host")
 
 
-def test_what_does_not_get_ready_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A configuration that no service can read: up says which services are missing, and shows why."""
-    config = tmp_path / "config.toml"
-    config.write_text("this is not toml")
+def up_with(tmp_path: Path, config: str, timeout: str) -> subprocess.CompletedProcess[str]:
+    """What ``up --detach`` says with this configuration; the stack is gone afterwards."""
+    (tmp_path / "config.toml").write_text(config)
     stack = Stack(tmp_path / "root", tmp_path / "run")
-    stack.env["PYX_CONFIG"] = str(config)
-    done: subprocess.CompletedProcess[Any] = stack.pyx("system", "up", "--detach", "--timeout", "2s")
+    stack.env["PYX_CONFIG"] = str(tmp_path / "config.toml")
     try:
-        assert done.returncode == 1
-        assert "not ready within 2 s: containerd, imaged, logd, netd, volumed" in done.stderr
-        assert "cannot read the configuration file" in done.stderr and "hint: " in done.stderr
+        return stack.pyx("system", "up", "--detach", "--timeout", timeout)
     finally:
         stack.pyx("system", "down", check=True)
-    assert not stack.leftovers()
+        assert not stack.leftovers()
+
+
+def test_what_does_not_get_ready_is_named(tmp_path: Path) -> None:
+    done = up_with(tmp_path, "[imaged]\nnosuch = 1\n", "2s")
+    assert done.returncode == 1 and "hint: the rest is running" in done.stderr
+    assert "not ready within 2 s: imaged\n" in done.stderr
+    assert "nosuch" in done.stderr and "containerd.log" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "said"), [("[bus]\njournal_max_byte = 5\n", "journal_max_byte"), ("not toml", "cannot read the configuration file")]
+)
+def test_a_broker_that_does_not_start_is_told_at_once(tmp_path: Path, config: str, said: str) -> None:
+    done = up_with(tmp_path, config, "10m")
+    assert done.returncode == 1 and done.stderr.startswith("pyx: the broker, busd, doesn't start\n--- ")
+    assert said in done.stderr and "busd.log" in done.stderr and "containerd.log" not in done.stderr
+    assert "hint: the rest waits for it" in done.stderr
 
 
 _A_SIGNAL_IN_THE_MOMENT_OF_THE_FORK = """
