@@ -62,6 +62,7 @@ FLUSH_S = 1.0
 # How long until the file of a process that still lives is looked at again, doubled each time.
 FIRST_LOOK_S = 1.0
 LAST_LOOK_S = 60.0
+_NO_NUMBER = 1 << 62  # no event has it
 # A list whose place among the events can't be told is asked for again: its service has events that the broker doesn't have yet.
 WATCH_ATTEMPTS = 12
 
@@ -206,10 +207,22 @@ class Bus(Calls):
     # --- serving -----------------------------------------------------------------------------------------------------
 
     async def serve(self, service: Service) -> None:
-        """Register a name and serve its methods from now on, over reconnects. Raises ``AlreadyExists`` if the name is taken."""
+        """Register a name and serve its methods from now on, over reconnects.
+
+        Raises ``AlreadyExists`` if the name is taken, ``Unavailable``; then it isn't served, and one may try again.
+        """
         await self.link.wait_up()
-        self._service = service
-        await self._register(service)
+        connection, before = self._connections, self._service
+        self._service, self._registering = service, True
+        try:
+            await self._register(service)
+        except BaseException:
+            self._service = before
+            raise
+        finally:
+            self._registering = False
+        if connection != self._connections:  # it broke just then
+            self._begin_to_register(service)
 
     async def _register(self, service: Service) -> None:
         serial = self._next_serial()
@@ -221,10 +234,14 @@ class Bus(Calls):
         finally:
             self._forget(pending)
 
+    def _begin_to_register(self, service: Service) -> None:
+        assert self._group is not None
+        self._registering = True
+        self._group.start_soon(self._register_again, service)
+
     async def _register_again(self, service: Service) -> None:
         """The old connection's end may reach the broker after our new one: try until the name is free."""
         pause, told = FIRST_RETRY_S, ""
-        self._registering = True
         try:
             while self.link.up:  # else the connection that comes next begins anew
                 connection = self._connections
@@ -269,8 +286,8 @@ class Bus(Calls):
                 del self._served[key]
 
     def _published(self) -> int:
-        # While events are held the state knows of some that the broker can't place: any number that it doesn't have either says so.
-        return self._publisher.sequence or int(self._held)
+        # The state may know of what a predecessor left, which none of our numbers stands for until one has been published after it.
+        return self._publisher.sequence or (_NO_NUMBER if self._held else 0)
 
     # --- what predecessors left --------------------------------------------------------------------------------------
 
@@ -403,9 +420,7 @@ class Bus(Calls):
             self._publisher.connected()
         self._connections += 1
         if self._service is not None and not self._registering:
-            assert self._group is not None
-            self._registering = True
-            self._group.start_soon(self._register_again, self._service)
+            self._begin_to_register(self._service)
 
     def _disconnected(self) -> None:
         self._publisher.disconnected()
