@@ -18,13 +18,15 @@ from typing import ClassVar
 import msgpack
 import pytest
 import trio
+import trio.testing
 
 from pyx_bus.broker.journal import Hole, Journal
+from pyx_bus.client import Bus, connect, spool
 from pyx_bus.client import bus as client_bus
-from pyx_bus.client import connect, spool
 from pyx_bus.client.publisher import Publisher
 from pyx_bus.client.spool import Spool, claim
-from pyx_bus.contract.base import Event
+from pyx_bus.contract.base import Empty, Event, Method
+from pyx_bus.server import Call, Service
 from pyx_bus.testing import broker
 from pyx_bus.wire import HEADER_SIZE, frame_bounds
 
@@ -204,6 +206,47 @@ async def test_one_that_lingers_keeps_its_events_until_it_ends(tmp_path: Path, m
                     while len(list(tmp_path.glob("events-*"))) > 1:
                         await trio.sleep(0.01)
         assert not list(tmp_path.glob("events-*"))
+
+
+async def test_a_list_made_while_a_predecessors_events_are_under_way_includes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_publish, asked = trio.Event(), trio.Event()
+    publish_left = Bus._publish_left
+
+    async def later(self: Bus, left: Spool) -> None:
+        await may_publish.wait()
+        await publish_left(self, left)
+
+    monkeypatch.setattr(Bus, "_publish_left", later)
+    place = tmp_path / "events"
+    listed = Method("toy.list", Empty, Empty, read_only=True)
+    service = Service("toy")
+
+    @service.method(listed)
+    def list_(call: Call, request: Empty) -> Empty:
+        call.snapshot()  # of a state that has the event that was left
+        asked.set()
+        return Empty()
+
+    async def watch(path: Path, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        async with connect(str(path), "watcher") as watcher:
+            task_status.started()
+            async with watcher.watch(listed, Empty(), "toy.told") as (_, events):
+                assert may_publish.is_set()
+                toy.publish(Told(id="new", time_ns=1, number=1))
+                assert (await anext(events)).id == "new"
+
+    with trio.fail_after(DEADLINE_S):
+        async with connect(str(tmp_path / "nowhere.sock"), "toy", wait=False, spool=place) as old:
+            old.publish(Told(id="old", time_ns=1, number=0))
+        async with broker(tmp_path) as path, connect(str(path), "toy", spool=place) as toy:
+            await toy.serve(service)
+            async with trio.open_nursery() as nursery:
+                await nursery.start(watch, path)
+                await asked.wait()
+                await trio.testing.wait_all_tasks_blocked(0.03)
+                may_publish.set()
 
 
 def test_on_a_full_file_system_events_are_in_memory_and_in_the_file_again_when_there_is_room(
