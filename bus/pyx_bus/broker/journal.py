@@ -13,8 +13,8 @@ a disk that keeps up, that's the last `sync_interval_s`. Offsets that were lost 
 the disk before they get there (`State.reserved`), and after a power cut the journal goes on from there. Readers get a `Hole` for what's
 between.
 
-*A full disk.* The oldest segments make room, down to a quarter of what may be kept (`Limits.floor_bytes`): whoever fills the disk can't have
-the history erased. Then the append fails, leaves nothing behind, and the next one tries again.
+*A full disk.* The oldest segments make room, down to a quarter of what may be kept (`Limits.floor_bytes`): whoever fills the disk can't
+have the history erased. Then the append fails, leaves nothing behind, and the next one tries again.
 
 Every call is short: `append` is a checksum and a write, `read` takes about as many bytes as asked for. Not for several threads.
 keeper.py has the thread and the state, recovery.py what happens when a journal is opened.
