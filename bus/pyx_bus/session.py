@@ -137,6 +137,13 @@ def subscribe_body(
     return data
 
 
+def begins_in(since: Since, journal: str) -> str:
+    """The journal that ``since`` was given with. Raises ``InvalidArgument``: only offsets belong to one."""
+    if journal and (not isinstance(since, int) or isinstance(since, bool)):
+        raise errors.InvalidArgument(f"a journal is only of use with an offset, not with {since!r}")
+    return journal
+
+
 def acknowledge(subscription: int, offset: int) -> bytes:
     """Everything up to and including ``offset`` is processed."""
     return encode(ACK, b"", b"", subscription, 0, offset)

@@ -163,6 +163,7 @@ class Connection:
         self,
         *patterns: str,
         since: Since = None,
+        journal: str = "",
         filters: Filters | None = None,
         durable: str = "",
         heartbeat_s: float | None = None,
@@ -178,7 +179,16 @@ class Connection:
         from .sync_streams import Events
 
         return Events(
-            self, subscribe_body, patterns, since, filters, durable, heartbeat_s, auto_ack=auto_ack, retry_for_s=retry_for_s
+            self,
+            subscribe_body,
+            patterns,
+            since,
+            journal,
+            filters,
+            durable,
+            heartbeat_s,
+            auto_ack=auto_ack,
+            retry_for_s=retry_for_s,
         )
 
     def subscribe(

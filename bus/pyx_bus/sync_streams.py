@@ -10,7 +10,7 @@ import time
 from collections import deque
 
 from . import errors
-from .session import DURABLE_HEARTBEAT_S, Incoming, acknowledge, clip_gap
+from .session import DURABLE_HEARTBEAT_S, Incoming, acknowledge, begins_in, clip_gap
 from .transport import close_fds
 
 TYPE_CHECKING = False
@@ -103,6 +103,7 @@ class Events:
         encode: Callable[..., bytes],
         patterns: Sequence[str],
         since: Since,
+        journal: str,
         filters: Filters | None,
         durable: str,
         heartbeat_s: float | None,
@@ -125,7 +126,7 @@ class Events:
         self._closed = False
         self._buffer: deque[Incoming] = deque()
         self._buffered_bytes = 0
-        self._journal = ""
+        self._journal = begins_in(since, journal)
         self._resume_at = 0  # the first offset that hasn't come; 0 before the first answer
         self._processed = 0
         self._acknowledged = 0

@@ -253,7 +253,7 @@ COMMANDS = {
         ), maximum=0),
         Command("system events", "events:events", "", "Get real time events from the services", (
             _FILTER, Flag("format", "", "string", "Format output: json, or a Go template", "string"),
-            Flag("since", "", "string", "Show all events created since timestamp, offset:NUMBER or beginning"),
+            Flag("since", "", "string", "Show all events created since timestamp, offset:NUMBER[@JOURNAL] or beginning"),
             Flag("until", "", "string", "Stream events until this timestamp"),
             Flag("json", "", "bool", "Everything about each event, and about lost ones, as a line of JSON"),
             Flag("durable", "", "string", "Go on where the last command with this name stopped"),

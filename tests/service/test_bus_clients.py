@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -288,6 +289,41 @@ def test_heartbeats(broker: BrokerThread, on_loop: Test) -> None:
                     assert isinstance(later.payload, Heartbeat) and later.topic == "bus.heartbeat"
                     seen.append(later.payload.next_offset)
                 assert seen == sorted(seen)
+
+    on_loop(scenario)
+
+
+def test_an_offset_of_another_journal_is_told(broker: BrokerThread, on_loop: Test) -> None:
+    async def scenario() -> None:
+        async with client.connect(str(broker.path)) as bus:
+            numbers(bus, 1, 5)
+            async with bus.events("toy.*", since="beginning") as events:
+                kept = [await anext(events) for _ in range(3)][-1]
+            async for event in bus.events("toy.*", since=kept.offset + 1, journal=kept.journal):
+                assert event.payload["number"] == 4
+                break
+            with pytest.raises(errors.InvalidArgument):
+                bus.events("toy.*", journal=kept.journal)
+            await anyio.to_thread.run_sync(broker.forget)
+            numbers(bus, 6, 7)
+            await bus.flush()
+            assert bus.bus_id != kept.journal
+            for offset in (1, kept.offset + 1, 1000):
+                for durable in ("", f"d{offset}"):
+                    async with bus.events("toy.*", since=offset, journal=kept.journal, durable=durable) as events:
+                        gap = await anext(events)
+                        assert (gap.topic, gap.offset, gap.journal) == ("bus.gap", 0, bus.bus_id)
+                        assert gap.payload == Gap(lost=-1, journal=bus.bus_id)
+                        assert await take(events, 2) == [6, 7]
+                        await anyio.to_thread.run_sync(broker.restart)
+                        numbers(bus, 8, 8)
+                        assert await take(events, 1) == [8]
+                    await anyio.to_thread.run_sync(broker.forget)
+                    numbers(bus, 6, 7)
+                    await bus.flush()
+            # Without the journal it's the broker's own.
+            async with bus.events("toy.*", since=2) as events:
+                assert await take(events, 1) == [7]
 
     on_loop(scenario)
 
@@ -840,6 +876,31 @@ def test_the_command_s_durable_place_moves_on_where_nothing_matches(broker: Brok
             assert position_of(connection, "d") == connection.call("bus.stats")["next_offset"]
 
 
+def test_an_offset_of_another_journal_is_told_blocking(broker: BrokerThread) -> None:
+    publish(broker.path, 1, 5)
+    with sync.Connection(str(broker.path)) as connection:
+        old = connection.bus_id
+        with connection.events("toy.*", since=4, journal=old) as events:
+            assert next(events).payload["number"] == 4
+        with pytest.raises(errors.InvalidArgument):
+            connection.events("toy.*", since="beginning", journal=old)
+    broker.forget()
+    publish(broker.path, 6, 7)
+    with sync.Connection(str(broker.path)) as connection, connection.events("toy.*", since=1000, journal=old) as events:
+        gap = next(events)
+        assert (gap.topic, gap.offset, gap.payload["lost"], gap.payload["journal"]) == ("bus.gap", 0, -1, connection.bus_id)
+        assert [next(events).payload["number"] for _ in range(2)] == [6, 7]
+    command = [sys.executable, "-m", "pyx_cli", "events", "--json", "--until", "0s", "--since"]
+    environment = {**os.environ, "PYX_BUS": str(broker.path), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    for since, told in ((f"offset:2@{old}", [0, 1, 2]), (f"offset:2@{connection.bus_id}", [2]), ("offset:2", [2])):
+        done = subprocess.run([*command, since], env=environment, capture_output=True, text=True, timeout=20, check=True)
+        records = [json.loads(line) for line in done.stdout.splitlines()]
+        assert [record["offset"] for record in records] == told
+        assert {record["journal"] for record in records} == {connection.bus_id}
+    done = subprocess.run([*command, "offset:2@"], env=environment, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 125 and "journal" in done.stderr
+
+
 def test_blocking_events_give_up_when_told_to(broker: BrokerThread) -> None:
     with sync.Connection(str(broker.path)) as connection:
         events = connection.events("toy.*", retry_for_s=0.2)
@@ -929,26 +990,34 @@ _WITH_PATH = f"import sys; sys.path[:0] = {[p for p in sys.path if p]!r}; "
 
 
 @pytest.mark.parametrize("example", ["watch_asyncio.py", "watch_trio.py", "watch_blocking.py"])
-def test_examples_of_the_documentation(broker: BrokerThread, example: str) -> None:
+def test_examples_of_the_documentation(broker: BrokerThread, example: str, tmp_path: Path) -> None:
     from pyx_bus.contract.containerd import ContainerStarted
 
-    async def start_one() -> None:
+    async def start_one() -> str:
         async with client.connect(str(broker.path), "containerd") as bus:
+            bus.publish(ContainerStarted(id="b01d", time_ns=1, attributes={"name": "before"}))
             bus.publish(ContainerStarted(id="c0ffee", time_ns=1, attributes={"name": "web"}))
             await bus.flush()
+            return bus.bus_id
 
-    anyio.run(start_one, backend="asyncio")
-    arguments = ["mine"] if "blocking" in example else ["1"]
+    journal = anyio.run(start_one, backend="asyncio")
+    place = tmp_path / "place"
+    place.write_text(f"{journal} 1")
+    arguments = ["mine"] if "blocking" in example else [str(place)]
     environment = {**os.environ, "PYX_BUS": str(broker.path), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     command = [sys.executable, str(EXAMPLES / example), *arguments]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stderr is not None
     try:
         line = process.stdout.readline()
+        if "blocking" in example:
+            assert "container.start b01d" in line
+            line = process.stdout.readline()
         assert "container.start c0ffee" in line and "web" in line
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 0
         assert process.stderr.read() == ""
+        assert "blocking" in example or place.read_text() in (f"{journal} 1", f"{journal} 2")
     finally:
         process.kill()
         process.wait()

@@ -141,6 +141,7 @@ class Bus(Calls):
         self,
         *patterns: str,
         since: Since = None,
+        journal: str = "",
         filters: Filters | None = None,
         durable: str = "",
         heartbeat_s: float | None = None,
@@ -149,8 +150,10 @@ class Bus(Calls):
         """Subscribe to topics: ``async for event in bus.events("container.*")``; see ``Events`` and ``ReceivedEvent``.
 
         ``since``: an offset, a time (``datetime``; without a zone it's local), "beginning" (the oldest kept), None for what comes from
-        now on. ``filters`` as Docker's: ``{"type": ["container"], "label": ["a=b"], "event!": ["exec_die"]}``: type, event, container,
-        image, label, network, volume, service; with ``!`` what must not be.
+        now on. With an offset ``journal``, the one it was told with: if the broker has another one now, there's a ``bus.gap`` whose
+        ``lost`` is -1, and then everything from its beginning, as if that had happened while this ran. ``filters`` as Docker's:
+        ``{"type": ["container"], "label": ["a=b"], "event!": ["exec_die"]}``: type, event, container, image, label, network, volume,
+        service; with ``!`` what must not be.
 
         ``durable`` names a subscription whose position the broker keeps; it begins at ``since`` only the first time. An event is
         acknowledged when the next one is asked for, or when the ``async with`` block ends without an exception; with ``auto_ack=False``
@@ -158,7 +161,7 @@ class Bus(Calls):
 
         ``heartbeat_s``: an event ``bus.heartbeat`` whenever there was nothing else for so long (at least 0.1 s).
         """
-        return Events(Subscription(self, patterns, since, filters, durable, heartbeat_s, auto_ack))
+        return Events(Subscription(self, patterns, since, filters, durable, heartbeat_s, auto_ack, journal))
 
     @asynccontextmanager
     async def watch(

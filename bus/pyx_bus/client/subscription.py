@@ -18,7 +18,16 @@ import anyio
 import anyio.lowlevel
 
 from .. import errors
-from ..session import DURABLE_HEARTBEAT_S, acknowledge, clip_gap, gap_body, next_offset, refusal, subscribe_body
+from ..session import (
+    DURABLE_HEARTBEAT_S,
+    acknowledge,
+    begins_in,
+    clip_gap,
+    gap_body,
+    next_offset,
+    refusal,
+    subscribe_body,
+)
 from ..transport import close_fds
 from ..wire import ERROR, EVENT, GAP, HEARTBEAT, SUBSCRIBE, UNSUBSCRIBE, Frame, encode, split_events
 from .link import FIRST_RETRY_S, LAST_RETRY_S, WAIT_FOR_BUS_S
@@ -140,7 +149,7 @@ class Subscription:
         self._buffer: deque[Frame | ReceivedEvent] = deque()
         self._buffered_events = 0
         self._buffered_bytes = 0
-        self._journal = journal  # whose offset is ...
+        self._journal = begins_in(since, journal)  # whose offset is ...
         self._resume_at: int | None = None  # ... the first that hasn't come; None: not subscribed yet
         # The batch that is being taken.
         self._batch: list[tuple[bytes, bytes]] = []
@@ -219,13 +228,13 @@ class Subscription:
         bus = self._bus
         since = self._since
         if self._journal and self._journal != bus.bus_id:  # offsets of another journal mean nothing in this one
-            if self._resume_at is not None:
+            if self._resume_at is not None or isinstance(since, int):
                 self._buffer.append(
                     ReceivedEvent("bus.gap", 0, "bus", 0, b"", bus.bus_id, self, Gap(lost=-1, journal=bus.bus_id))
                 )
-                self._resume_at = 0
-            since = "beginning"
-            self._since = since
+                self._resume_at = None if self._resume_at is None else 0
+                self._since = since = "beginning"
+            # (Who has nothing yet and gave no offset asks for the same again.)
         elif self._resume_at:
             since = self._resume_at
         self._journal = bus.bus_id

@@ -134,19 +134,20 @@ def _record(message: Incoming, journal: str) -> str:
     return dumps(record, ensure_ascii=False, separators=(",", ":"), default=str)
 
 
-def _since(options: Options, since_ns: int, replay: bool) -> int | str | None:
-    """Where to begin: an offset, a time, the beginning, or now."""
+def _since(options: Options, since_ns: int, replay: bool) -> tuple[int | str | None, str]:
+    """Where to begin: an offset and maybe its journal, a time, the beginning, or now."""
     given = options.text("since")
     if given == "beginning":
-        return given
+        return given, ""
     if given.startswith("offset:"):
-        if not given[7:].isdecimal():
-            raise invalid(given, "--since", "an offset is a number")
-        return int(given[7:])
+        offset, at, journal = given[7:].partition("@")
+        if not offset.isdecimal() or bool(at) != bool(journal):
+            raise invalid(given, "--since", "an offset is a number, which @ and its journal may follow")
+        return int(offset), journal
     if given:
-        return f"@{since_ns}"
+        return f"@{since_ns}", ""
     # Without a beginning only what comes from now on is wanted, unless the end is in the past.
-    return "beginning" if replay else None
+    return "beginning" if replay else None, ""
 
 
 def events(options: Options) -> int:
@@ -158,13 +159,14 @@ def events(options: Options) -> int:
     until_ns = timestamp_ns(options.text("until"), "--until", now_ns) if options.given("until") else 0
     if options.flag("json") and options.text("format"):
         raise CliError("--json and --format exclude each other", 125)
-    since = _since(options, since_ns, bool(until_ns and until_ns <= now_ns))
+    since, journal = _since(options, since_ns, bool(until_ns and until_ns <= now_ns))
     if chosen is None:
         return 0
     connection = connect(options)
     stream = connection.events(
         *_PATTERNS,
         since=since,
+        journal=journal,
         filters=chosen,
         durable=options.text("durable"),
         heartbeat_s=_BEAT_S if until_ns else None,
