@@ -73,3 +73,20 @@ async def test_a_cancelled_writer_has_still_written(tmp_path):
         await store.insert(container(1))
     assert len(store.load()) == 1
     store.close()
+
+
+async def test_a_kept_file_that_can_not_be_read_says_nothing(tmp_path):
+    kept = tmp_path / "kept"
+    store = Store(tmp_path / "db", kept)
+    for number in range(4):
+        await store.insert(container(number))
+    store.close()
+    for number, data in enumerate((b"", b"\xc0", b"\x81\xa2id")):
+        (kept / container(number).id).write_bytes(data)
+    (kept / container(9).id).write_bytes(b"\xc0")
+    store = Store(tmp_path / "db", kept)
+    assert [one.created_at_ns for one in store.load()] == [0, 2, 3]
+    await store.update(container(3))  # what was kept is written before
+    assert list(kept.iterdir()) == []
+    assert len(store.load()) == 3
+    store.close()

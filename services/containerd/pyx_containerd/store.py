@@ -11,7 +11,8 @@ together: many containers started at once share an fsync. A returned write is du
 The file system may be full just when something happens that can't be refused: a container ends, say. What ``update`` and ``delete``
 can't write is *kept*: as a file of its ID in ``kept``, a directory that outlives the process (not the boot: after that no container runs
 as its row says, anyhow), and written again each second, before anything newer. A restarted service reads those files over the rows. A file
-is the msgpack of the record, an empty one is a row to delete. If not even that can be written, it's in memory, and ``until_kept`` waits.
+is the msgpack of the record, or of nil for a row to delete; what is neither (the power went) says nothing. If not even that can be
+written, it's in memory, and ``until_kept`` waits.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ _SCHEMA = (
 
 _UPDATE = "UPDATE containers SET name=?, state=?, record=? WHERE id=?"
 _DELETE = "DELETE FROM containers WHERE id=?"
+
+_NIL = b"\xc0"
 
 _log = logging.getLogger(__name__)
 
@@ -105,12 +108,18 @@ class Store:
             container = self._decoder.decode(data)
             rows[container.id] = container
         for place in sorted(self.kept.iterdir()):
-            data = place.read_bytes()
             if place.name not in rows:  # it was never made, or is deleted, or a file that was just being written
                 place.unlink()
-            elif data:
-                rows[place.name] = self._decoder.decode(data)
-                self._pending[place.name] = self._updating(rows[place.name])
+                continue
+            try:
+                found = msgspec.msgpack.decode(place.read_bytes(), type=Container | None)
+            except msgspec.DecodeError as error:
+                _log.error("what was kept of the row of %s can't be read: %s", place.name, error)
+                place.unlink()
+                continue
+            if found is not None:
+                rows[place.name] = found
+                self._pending[place.name] = self._updating(found)
             else:
                 del rows[place.name]
                 self._pending[place.name] = self._deleting(place.name)
@@ -154,7 +163,7 @@ class Store:
 
     @staticmethod
     def _deleting(container_id: str) -> _Write:
-        return _Write(_DELETE, (container_id,), container_id)
+        return _Write(_DELETE, (container_id,), container_id, _NIL)
 
     async def _write(self, write: _Write) -> None:
         # Shielded: the write happens anyway once it's queued, and the caller must know how it went.
