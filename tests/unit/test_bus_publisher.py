@@ -249,6 +249,13 @@ def test_a_process_that_died_making_a_replacement_leaves_none_for_good(tmp_path:
     os.utime(new, (0, 0))
     assert claim(tmp_path / "events", "") == ([], False)
     assert not new.exists()
+    kept = Spool(tmp_path / "events", "0123456789abcdef")
+    Wire(kept).publish()
+    _end(kept)
+    new.write_bytes(b"x")
+    (left,), _ = claim(tmp_path / "events", "")
+    left.close(empty=True)
+    assert list(tmp_path.iterdir()) == [], "its maker is known to have ended"
 
 
 _frames = st.lists(st.binary(max_size=60), max_size=12)
@@ -268,7 +275,9 @@ def _file(payloads: list[bytes], settled: int, step: int = 1) -> tuple[bytes, li
 
 
 @given(_frames, st.integers(0, 14), st.integers(1, 3), st.data())
-def test_a_file_cut_anywhere_gives_the_whole_events_before(payloads: list[bytes], settled: int, step: int, data: st.DataObject) -> None:
+def test_a_file_cut_anywhere_gives_the_whole_events_before(
+    payloads: list[bytes], settled: int, step: int, data: st.DataObject
+) -> None:
     whole, events, ends = _file(payloads, settled, step)
     cut = data.draw(st.integers(0, len(whole)))
     found, end = parse(whole[:cut])

@@ -45,7 +45,7 @@ GROWN_BYTES = 256 << 10
 # After a failure, doubled each time.
 FIRST_PAUSE_S = 1.0
 LAST_PAUSE_S = 60.0
-# A replacement that its maker didn't live to rename: its age when it's certainly none that is being made.
+# A file without events that its maker didn't live to rename: its age when it's certainly none that is being made.
 _STALE_S = 60.0
 
 
@@ -151,8 +151,9 @@ class Spool:
         if fd < 0:
             return
         if empty:
-            with contextlib.suppress(OSError):
-                os.unlink(self._path)
+            for path in (self._path, self._path.with_name(self._path.name + ".new")):  # which its maker may not have lived to rename
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
         os.close(fd)
 
 
