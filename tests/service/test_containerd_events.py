@@ -255,3 +255,16 @@ async def test_what_a_kill_left_is_told_after_the_restart(tmp_path):
             assert told.payload("destroy")["id"] == "e" * 64
             await s.call(c.REMOVE, c.RemoveContainer(container=id_, force=True))
             await wait_nothing_left(tmp_path, prefix)
+
+
+async def test_a_life_shorter_than_the_news_of_it_has_a_run_time(s):
+    async with tale(s) as told:
+        for _ in range(5):
+            created = await s.bus.call(c.CREATE, c.CreateContainer(spec=spec("true", name="short")))
+            await s.bus.call(c.START, c.StartContainer(container=created.id))
+            await told.until("die")
+            state = (await s.bus.call(c.INSPECT, c.ContainerRef(container="short"))).document["State"]
+            assert "0001" < state["StartedAt"] < state["FinishedAt"]
+            assert 0 < told.payload("die")["run_time_ns"] < 10**10
+            await s.bus.call(c.REMOVE, c.RemoveContainer(container="short"))
+            await told.until("destroy")

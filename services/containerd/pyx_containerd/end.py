@@ -49,6 +49,8 @@ async def _ended(engine: Engine, live: Live, exit_: Exit) -> None:
     checks.stop(live)
     record = live.record
     oom_kills = kernel.oom_kills(record.cgroup)
+    # A short life may be over before the runtime says that it has begun: it began after the runtime was told to, at most some ms earlier.
+    began_ns = record.started_at_ns if record.started_at_ns <= exit_.time_ns else min(live.launched_ns, exit_.time_ns)
     engine.change(
         live,
         Change.EXIT,
@@ -56,6 +58,7 @@ async def _ended(engine: Engine, live: Live, exit_: Exit) -> None:
         exit_code=exit_.code,
         signal=exit_.signal,
         oom_killed=oom_kills > 0,
+        started_at_ns=began_ns,
         finished_at_ns=exit_.time_ns,
         sandbox=None,
         health=health.ended(record.health),
@@ -63,7 +66,7 @@ async def _ended(engine: Engine, live: Live, exit_: Exit) -> None:
     for execution in list(live.executions.values()):  # its end took them along
         execution.ended.set()
         execute.over(engine, live, execution)
-    _tell_died(engine, live, exit_, record.started_at_ns, oom_kills)
+    _tell_died(engine, live, exit_, began_ns, oom_kills)
     removing = live.leaving = record.spec.auto_remove and not live.restarting
     if removing:
         engine.change(live, Change.REMOVE)

@@ -72,6 +72,7 @@ class Live:
     - ``committing``: held by the one commit that's going on
     - ``leaving``: it has ended and removes itself
     - ``watch``: of the health checks, while they go on; ``unchecked``: they don't, and no check is left
+    - ``launched_ns``: when the runtime was told to start it; its process begins a moment later
     - ``told_health``: the status of its health that is in the journal for sure
     """
 
@@ -85,6 +86,7 @@ class Live:
     hurry: trio.Event = field(default_factory=trio.Event)
     removed: trio.Event = field(default_factory=trio.Event)
     mounted: bool = False
+    launched_ns: int = 0
     restarting: bool = False
     leaving: bool = False
     copying: trio.Lock = field(default_factory=trio.Lock)

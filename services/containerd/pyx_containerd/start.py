@@ -282,6 +282,7 @@ async def _spawn(
     spec = live.record.spec
     _write_bundle(engine, live, attach)
     argv = runtime.run(live.id, tty=spec.tty)
+    live.launched_ns = time.time_ns()
     kept = {f"{CLIENT}{number}": fd for number, fd in enumerate(clients)}
     try:
         if spec.tty:
