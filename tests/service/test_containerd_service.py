@@ -15,7 +15,7 @@ import trio.testing
 from tests.containerd_stack import leftovers, output_of, serve_containerd, stack, wait_nothing_left
 
 import pyx_logd.__main__
-from pyx_bus import client, errors, testing
+from pyx_bus import errors, testing
 from pyx_bus.contract import containerd as c
 from pyx_bus.contract import logd, volumed
 from pyx_bus.contract.base import Empty
