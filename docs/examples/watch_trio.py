@@ -25,7 +25,9 @@ async def main(place: Path | None) -> None:
             else:  # longer away than the journal keeps
                 print(f"{event.payload.lost} events are gone, up to offset {event.offset}", flush=True)
             if place is not None:
-                place.write_text(f"{event.journal} {event.offset}")
+                new = place.with_suffix(".new")  # whenever this ends, one whole place is there
+                new.write_text(f"{event.journal} {event.offset}")
+                new.replace(place)
 
 
 try:
