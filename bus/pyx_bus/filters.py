@@ -43,6 +43,11 @@ class Filter:
         ]
 
     @property
+    def size(self) -> int:
+        """Patterns and values in all."""
+        return len(self.patterns) + sum(len(values) for _, _, values in self.wanted)
+
+    @property
     def everything(self) -> bool:
         """Every event passes."""
         return ">" in self.patterns and not self.wanted

@@ -490,9 +490,15 @@ def test_subscriptions_are_bounded_and_given_back(bench: Bench) -> None:
     bench.receive(peer, Frame(wire.UNSUBSCRIBE, peer=1))
     bench.subscribe(peer, [">"], id_=100)
     assert errors_in(peer.take()) == []
+    bench.subscribe(peer, [">"], id_=101, filters={"label": ["x"] * 256, "label!": ["x"] * 256})
     user = peer.user
+    many = bench.peer(uid=5, role=USER, may_be="")
+    for id_ in range(1, 35):
+        bench.subscribe(many, [">"], id_=id_, filters={field: ["x"] * 256 for field in ("label", "label!")})
+    assert errors_in(many.take()) == ["resource_exhausted"] * 3  # 513 each, and 64 of the other's
+    bench.router.drop(many)
     bench.router.drop(peer)
-    assert user.subscriptions == 0
+    assert (user.subscriptions, user.wishes) == (0, 0)
     assert bench.events.body()["subscriptions"] == 0
 
 

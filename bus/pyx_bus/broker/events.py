@@ -180,10 +180,7 @@ class Events:
 
     def _check(self, peer: Peer, data: bytes, frames: Bounds, begin: int) -> tuple[Groups, int, errors.BusError | None]:
         """Who gets the events from ``begin`` on, up to the first that can't be taken: (groups, where that is, why it can't)."""
-        if peer.routes_of != self.subscriptions.generation:
-            peer.routes = {}
-            peer.routes_of = self.subscriptions.generation
-        routes = peer.routes
+        routes = self.subscriptions.routes.setdefault(peer.id, {})
         view = memoryview(data)
         groups: Groups = []
         current: Recipients | None = None
@@ -225,9 +222,10 @@ class Events:
             raise errors.PermissionDenied(
                 f'user {peer.uid} may not publish "{topic}"', hint=f"only the user of {owner} may"
             )
-        if len(peer.routes) >= MAX_ROUTES:
-            peer.routes.clear()
-        found = peer.routes[route] = self.subscriptions.find(topic, peer.source)
+        routes = self.subscriptions.routes.setdefault(peer.id, {})
+        if len(routes) >= MAX_ROUTES:
+            routes.clear()
+        found = routes[route] = self.subscriptions.find(topic, peer.source)
         return found
 
     def _keep(self, peer: Peer, data: bytes, frames: Bounds, first: int, groups: Groups) -> bool:

@@ -9,7 +9,7 @@ from .roles import ROOT, SERVICE, User
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .subscriptions import Recipients, Subscription
+    from .subscriptions import Subscription
 
 # (the service that has the call, its counters, when it came in monotonic ns, size of its body)
 OpenCall = tuple["Peer", MethodCounters, int, int]
@@ -31,8 +31,6 @@ class Peer(ABC):
         "pushed",
         "refused_from",
         "role",
-        "routes",
-        "routes_of",
         "service",
         "source",
         "subscriptions",
@@ -60,8 +58,6 @@ class Peer(ABC):
         self.source = b""
         self.publisher = b""
         self.refused_from = 0  # the event that couldn't be kept: nothing after it is taken before it has come again
-        self.routes: dict[bytes, Recipients] = {}  # topic → who gets it
-        self.routes_of = -1  # the generation of subscriptions ``routes`` was made for
 
     @abstractmethod
     def send(self, data: bytes, fds: list[int] | None = None) -> None:

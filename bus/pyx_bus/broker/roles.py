@@ -44,10 +44,12 @@ KEPT_FOR_ROOT = 256
 class User:
     """One user's account: what all its connections have together. The limits are the reasons: about a tenth of the whole each."""
 
-    __slots__ = ("call_bytes", "calls", "connections", "queued_bytes", "subscriptions", "uid")
+    __slots__ = ("call_bytes", "calls", "connections", "queued_bytes", "subscriptions", "uid", "wishes")
 
     max_connections = 512
     max_subscriptions = 1024
+    # Patterns and filters' values of all subscriptions: some 100 bytes each.
+    max_wishes = 16_384
     max_calls = 8192
     # Bodies of open calls: what a caller makes services hold.
     max_call_bytes = 64 << 20
@@ -58,6 +60,7 @@ class User:
         self.uid = uid
         self.connections = 0
         self.subscriptions = 0
+        self.wishes = 0
         self.calls = 0
         self.call_bytes = 0
         self.queued_bytes = 0

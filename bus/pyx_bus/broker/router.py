@@ -102,6 +102,7 @@ class Router:
         """The connection is gone: free its name, fail its callers, cancel its calls."""
         if self.peers.pop(peer.id, None) is None:
             return
+        self.events.subscriptions.routes.pop(peer.id, None)
         for subscription_id in list(peer.subscriptions):
             self.events.subscriptions.unsubscribe(peer, subscription_id)
         if peer.publisher:
@@ -222,7 +223,7 @@ class Router:
         known = None if methods is None else {f"{name}.{verb}".encode(): open_ for verb, open_ in methods.items()}
         peer.service = name
         peer.source = frame.route
-        peer.routes = {}
+        self.events.subscriptions.routes.pop(peer.id, None)
         self.services[frame.route] = Service(peer, self.now_ns(), _short(body.get("version")), known)
         peer.send(encode(RESULT, b"", packb({}), 0, frame.serial))
         self.events.announce("service.up", name, {"name": name, "pid": str(peer.pid)})

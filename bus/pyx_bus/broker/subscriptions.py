@@ -43,7 +43,7 @@ class Subscription:
 
 
 class Subscriptions:
-    """All of them. ``generation`` changes with the set: what was found for a topic before doesn't hold any more.
+    """All of them. ``routes`` remembers by publisher's connection who gets a topic's events, as long as the set stays the same.
 
     ``ready`` are the reading ones that may go on, in turn.
     """
@@ -51,7 +51,7 @@ class Subscriptions:
     def __init__(self, journal: Journal, positions: Positions, monotonic_ns: Callable[[], int]) -> None:
         self.journal = journal
         self.positions = positions
-        self.generation = 0
+        self.routes: dict[int, dict[bytes, Recipients]] = {}
         self.ready: dict[Subscription, None] = {}
         self._monotonic_ns = monotonic_ns
         self._all: dict[tuple[int, int], Subscription] = {}
@@ -107,6 +107,8 @@ class Subscriptions:
             raise errors.ResourceExhausted(
                 f"more than {MAX_SUBSCRIPTIONS_PER_PEER} subscriptions of a connection or {peer.user.max_subscriptions} of a user"
             )
+        if peer.user.wishes + filter_.size > peer.user.max_wishes and not peer.trusted:
+            raise errors.ResourceExhausted(f"more than {peer.user.max_wishes} patterns and values of filters of a user")
         subscription = Subscription(peer, frame.peer, filter_, heartbeat_ms)
         start = self.journal.next_offset if since is None else since
         if name:
@@ -139,6 +141,7 @@ class Subscriptions:
         peer = subscription.peer
         peer.subscriptions[subscription.id] = subscription
         peer.user.subscriptions += 1
+        peer.user.wishes += subscription.filter.size
         self._all[peer.id, subscription.id] = subscription
         self._changed()
         if subscription.heartbeat_ns:
@@ -146,7 +149,7 @@ class Subscriptions:
             self._beating.add(subscription)
 
     def _changed(self) -> None:
-        self.generation += 1
+        self.routes.clear()
         self._same.clear()
 
     def unsubscribe(self, peer: Peer, subscription_id: int) -> None:
@@ -155,6 +158,7 @@ class Subscriptions:
         if subscription is None:
             return
         peer.user.subscriptions -= 1
+        peer.user.wishes -= subscription.filter.size
         del self._all[peer.id, subscription_id]
         self._changed()
         self._beating.discard(subscription)
