@@ -35,7 +35,7 @@ MAX_FRAME = 4 << 20
 # An event's topic and payload: the broker puts a header, the source and the time before them, and the whole must still fit a frame.
 MAX_EVENT = MAX_FRAME - 1024
 # Events are passed on in batches of about this size: a batch is what a reader gets at once, and what waits for it.
-MAX_BATCH = 256 << 10
+MAX_BATCH = 128 << 10
 # Before the handshake nothing longer than a HELLO is acceptable.
 MAX_HELLO = 4096
 # The kernel allows 253 (SCM_MAX_FD); nobody needs more than stdio and a few.

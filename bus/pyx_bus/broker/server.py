@@ -38,7 +38,8 @@ from .router import Router
 log = logging.getLogger("pyx.bus")
 
 HELLO_TIMEOUT_S = 5.0
-READ_SIZE = 256 << 10
+# Less than a socket takes at once (212,992 bytes, wmem_default): what was read of a publisher goes out to readers in one write each.
+READ_SIZE = 128 << 10
 ACCEPT_PAUSE_S = 0.1
 EXPIRE_EVERY_S = 60.0
 # After a connection has ended, what it needed is given back, if it was much. It takes a few ms: what was there at the start isn't
