@@ -118,9 +118,10 @@ def test_refusing_many_events_takes_no_longer_than_taking_them(tmp_path: Path, m
     user = bench.peer(uid=1002, role=USER, may_be="")
     sent: list[bytes] = []
     monkeypatch.setattr(Recorder, "send", lambda self, data, fds=None: sent.append(data))
-    (run,) = Decoder(runs=True).feed(b"".join(encode(wire.PUBLISH, b"a.b", b"\x80", 0, 0, n) for n in range(1, 8001)))
+    runs = Decoder(runs=True).feed(b"".join(encode(wire.PUBLISH, b"a.b", b"\x80", 0, 0, n) for n in range(1, 8001)))
     started = time.perf_counter()
-    bench.router.receive(user, run)
+    for run in runs:
+        bench.router.receive(user, run)
     assert time.perf_counter() - started < 1
     assert [frame.arg for data in sent for frame in Decoder().feed(data)] == list(range(1, 8001))
     bench.close()

@@ -147,8 +147,11 @@ class Broker:
 
     def timeout_s(self) -> float:
         """How long ``step`` may wait."""
-        if self.events.subscriptions.ready or self.dirty or self._unfinished:
+        subscriptions = self.events.subscriptions
+        if subscriptions.ready or self.dirty or self._unfinished:
             return 0.0
+        if not (self._unintroduced or self._tidy_at or self._accept_again_at or subscriptions.beating):
+            return EXPIRE_EVERY_S  # the usual case, and this is asked twice a call
         now = time.monotonic()
         until = self._expire_at
         if self._unintroduced:
@@ -158,7 +161,7 @@ class Broker:
         if self._accept_again_at:
             until = min(until, self._accept_again_at)
         wait = max(0.0, until - now)
-        beat_ns = self.events.subscriptions.beat()
+        beat_ns = subscriptions.beat()
         if beat_ns:
             self._flush()
             wait = min(wait, beat_ns / 1e9)
@@ -166,7 +169,7 @@ class Broker:
 
     def step(self, timeout_s: float) -> None:
         """One turn: wait, handle what has come, write."""
-        ordinary = list(self._unfinished)
+        ordinary = list(self._unfinished) if self._unfinished else []
         for fd, mask in self._epoll.poll(timeout_s):
             peer = self._connections.get(fd)
             if peer is None:
@@ -338,7 +341,7 @@ class Broker:
             return
         frames, index = peer.frames, peer.next_frame
         receive = self.router.receive
-        until = time.monotonic() + SLICE_S
+        until = time.monotonic() + SLICE_S if len(frames) > _LOOK_EVERY else 0.0
         try:
             while index < len(frames):
                 frame = frames[index]
@@ -346,7 +349,7 @@ class Broker:
                 if self._trace:
                     log.debug('frame peer="%s" %r', peer.name, frame)
                 receive(peer, frame)
-                if not index % _LOOK_EVERY and time.monotonic() > until:
+                if until and not index % _LOOK_EVERY and time.monotonic() > until:
                     break
             peer.next_frame = index
             if index < len(frames):

@@ -65,6 +65,11 @@ class Subscriptions:
     def __len__(self) -> int:
         return len(self._all)
 
+    @property
+    def beating(self) -> bool:
+        """Somebody wants heartbeats."""
+        return bool(self._beating)
+
     def wait_for_user(self, subscription: Subscription) -> None:
         """Until some connection of its user has taken what it was sent, or is gone."""
         self._starved.setdefault(subscription.peer.uid, {})[subscription] = None
