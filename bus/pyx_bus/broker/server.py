@@ -5,8 +5,8 @@ that the kernel finds full is watched for room. So nobody's slowness is anybody 
 piece of the journal is read for those who catch up.
 
 This is a plain loop, not a trio program, on purpose: everything here is a reaction to a readable socket, nothing ever waits in the
-middle. It halves the latency of a call and takes 12 MB less memory than the same in trio. ``step`` is one turn, so that
-a test may run a broker inside any other loop by waiting for ``fileno`` to be readable.
+middle. It takes 10 MB less memory than the same in trio, and who is served when is decided here. ``step`` is one turn, so that a test
+may run a broker inside any other loop by waiting for ``fileno`` to be readable.
 """
 
 from __future__ import annotations
