@@ -203,9 +203,8 @@ class Events:
                     since = index
             index = len(frames)
         except errors.BusError as error:
-            refusal = error.with_traceback(
-                None
-            )  # which would hold this frame, and so the run, until the next collection
+            # Without its traceback, which would hold this frame, and so the run, until the next collection.
+            refusal = error.with_traceback(None)
         except (msgspec.DecodeError, RecursionError) as error:
             refusal = errors.InvalidArgument(f"payload of {topic!r} is no event: {error}")
         if current is not None:

@@ -51,7 +51,8 @@ MAX_QUEUED_BYTES = 8 << 20
 MAX_CALLS_PER_PEER = 4096
 MAX_METHODS = 512
 MAX_NAME_BYTES = 64
-# What of a service's queue one user's calls may fill, and all users' together leave free for root and the services.
+# What of a service's queue the calls of ordinary users may fill, all together and each; the rest is root's and the services'.
+MAX_QUEUED_OF_USERS = MAX_QUEUED_BYTES // 2
 MAX_PUSHED_BYTES = MAX_FRAME
 
 
@@ -291,9 +292,8 @@ class Router:
         callee = service.peer
         if callee.queued_bytes:
             pushed = callee.pushed.get(peer.uid, 0) + len(frame.body)
-            if callee.queued_bytes > MAX_QUEUED_BYTES or (pushed > MAX_PUSHED_BYTES and not peer.trusted):
-                return errors.ResourceExhausted(f"{callee.service} doesn't keep up with its calls")
-            if not peer.trusted and callee.queued_bytes > MAX_QUEUED_BYTES // 2:
+            limit = MAX_QUEUED_BYTES if peer.trusted else MAX_QUEUED_OF_USERS
+            if callee.queued_bytes > limit or (pushed > MAX_PUSHED_BYTES and not peer.trusted):
                 return errors.ResourceExhausted(f"{callee.service} doesn't keep up with its calls")
             callee.pushed[peer.uid] = pushed
         elif callee.pushed:
@@ -390,7 +390,7 @@ class Router:
             "pid": peer.pid,
             "uid": peer.uid,
             "since_ns": service.since_ns,
-            "version": service.version or __version__,
+            "version": service.version,
         }
 
     def _stats(self) -> dict[str, object]:

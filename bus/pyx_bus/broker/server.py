@@ -45,6 +45,7 @@ EXPIRE_EVERY_S = 60.0
 # After a connection has ended, what it needed is given back, if it was much. It takes a few ms: what was there at the start isn't
 # looked at (``settle``).
 TIDY_AFTER_S = 0.5
+SPARE_BYTES = 4 << 20
 # One turn of the loop: so much is read of one connection of an ordinary user (root's and services' are read to ``READ_SIZE``), so long
 # are frames of one connection handled, and so long those of one ordinary user's connections together; the rest comes in the next turn,
 # after what root and the services have sent meanwhile. So whoever sends as fast as it can costs others some ms of waiting.
@@ -53,7 +54,6 @@ SLICE_S = 0.002
 SLICE_OF_USER_S = 0.004
 ACCEPTS_PER_TURN = 16
 _LOOK_EVERY = 8  # frames between two looks at the clock
-SPARE_BYTES = 4 << 20
 # A frame that's half received counts against its user's quota from here on; smaller ones are everyday.
 _SMALL = 64 << 10
 _BACKLOG = 1024
@@ -301,10 +301,10 @@ class Broker:
         """Raises ``PermissionDenied``, ``ResourceExhausted``."""
         uid, gid, pid = credentials(sock)
         role, may_be = self.roles.of(uid, gid, groups(sock))
-        user = self.router.user(uid)
         trusted = role in (ROOT, SERVICE)
         if len(self._connections) >= MAX_CONNECTIONS - (0 if trusted else KEPT_FOR_ROOT):
             raise errors.ResourceExhausted(f"the bus has {len(self._connections)} connections already")
+        user = self.router.user(uid)
         if not trusted and user.connections >= user.max_connections:
             raise errors.ResourceExhausted(f"user {uid} has {user.connections} connections already")
         peer = Connection(self, sock, user, gid, pid, role, may_be)

@@ -58,9 +58,8 @@ class Subscriptions:
         self._same: dict[Recipients, Recipients] = {}  # so that topics with equal recipients have the same object
         self._durable: dict[tuple[int, str], Subscription] = {}
         self._beating: set[Subscription] = set()
-        self._starved: dict[
-            int, dict[Subscription, None]
-        ] = {}  # by user: would go on, but its user's connections hold too much
+        # By user: they would go on, but their user's connections hold too much.
+        self._starved: dict[int, dict[Subscription, None]] = {}
 
     def __len__(self) -> int:
         return len(self._all)

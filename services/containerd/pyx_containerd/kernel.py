@@ -390,15 +390,6 @@ def capability_bound() -> int:
     return (1 << 64) - 1
 
 
-def process_start(pid: int) -> int:
-    """A process's start time in clock ticks since boot (proc_pid_stat(5), field 22), 0 if there's no such process."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-    except OSError:
-        return 0
-    return int(stat.rsplit(b") ", 1)[1].split()[19])
-
-
 # processes --------------------------------------------------------------------------------------------------------------
 
 
